@@ -1,0 +1,323 @@
+"""Typed configuration: what a model is, how it runs, and what an experiment does with it.
+
+Every dataclass checks itself when it is made. Command-line overrides assign to fields one by one, so an app
+calls `validated` once they are all in.
+
+The letters in comments are the project's one legend, used in every signature and shape comment:
+
+    B batch          T query positions   S key positions   D model width     F FFN width
+    N query heads    K KV heads          H head size       E experts         X experts a token (top-k)
+    G groups         M rows (tokens)     V vocabulary      C attention chunk
+    P image patches  I image tiles       L layers
+
+A prime marks a dimension's local shard inside shard_map.
+"""
+
+import dataclasses
+from typing import Literal, NamedTuple, TypeVar
+
+from llama4_jax.errors import UserError
+
+T = TypeVar("T")
+
+
+def validated(config: T) -> T:
+    """A deep copy of a config whose every dataclass has checked itself again. Raises UserError."""
+    fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    return dataclasses.replace(config, **{k: validated(v) if dataclasses.is_dataclass(v) else v for k, v in fields.items()})
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+def _require_positive(config, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(value > 0, f"{type(config).__name__}.{name} must be positive, got {value}")
+
+
+# ------------------------------------------------------------------------------------------------------------------------
+# The model
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class RopeScaling:
+    """Llama 3's stretching of rotary wavelengths; Scout uses 16 / 1 / 1 over 8,192 positions."""
+
+    factor: float = 16.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 1.0
+    original_max_position_embeddings: int = 8192
+
+    def __post_init__(self):
+        _require_positive(self, "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        _require(
+            self.low_freq_factor <= self.high_freq_factor,
+            f"RopeScaling.low_freq_factor={self.low_freq_factor} must not exceed high_freq_factor={self.high_freq_factor}",
+        )
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class AttentionTemperature:
+    """Queries of NoPE layers grow with position p by 1 + scale * log(1 + floor((p + 1) / floor)). arXiv 2501.19399."""
+
+    floor: float = 8192
+    scale: float = 0.1
+
+    def __post_init__(self):
+        _require_positive(self, "floor")
+
+
+class LayerKind(NamedTuple):
+    """What tells one decoder layer from another; everything else they share."""
+
+    uses_rope: bool  # rotary, chunked ("local") attention; otherwise NoPE with full causal attention
+    is_moe: bool
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class VisionConfig:
+    """The vision tower, adapter and projector. Defaults are the published Llama 4's."""
+
+    hidden_size: int = 1408
+    num_layers: int = 34
+    num_heads: int = 16
+    mlp_size: int = 5632
+    image_size: int = 336  # pixels of a square tile's side
+    patch_size: int = 14
+    num_channels: int = 3
+    pixel_shuffle_ratio: float = 0.5
+    adapter_size: int = 4096  # both hidden and output width of the adapter
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-5
+
+    def __post_init__(self):
+        _require_positive(self, *(f.name for f in dataclasses.fields(self)))
+        _require(self.hidden_size % self.num_heads == 0, f"VisionConfig.{self.num_heads=} must divide {self.hidden_size=}")
+        _require(self.image_size % self.patch_size == 0, f"VisionConfig.{self.patch_size=} must divide {self.image_size=}")
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class ModelConfig:
+    """The architecture of one Llama 4 (or dense Llama) text model. Llama 4's own values are the defaults."""
+
+    vocab_size: int = 202_048  # V
+    hidden_size: int = 5120  # D
+    num_layers: int = 48  # L
+    num_heads: int = 40  # N
+    num_kv_heads: int = 8  # K
+    head_dim: int = 128  # H; need not be hidden_size / num_heads
+
+    num_experts: int = 16  # E
+    experts_per_token: int = 1  # X
+    expert_ffn_size: int = 8192  # F of a routed and of the shared expert
+    dense_ffn_size: int = 16_384  # F of a layer without experts
+    shared_expert: bool = True
+    moe_interval: int = 1  # every n-th layer has experts, the n-th first; 0: none has (a dense Llama)
+    moe_layers: tuple[int, ...] | None = None  # these layers instead, when given
+
+    nope_interval: int = 4  # every n-th layer is NoPE; 0: none is
+    nope_layers: tuple[int, ...] | None = None  # these layers instead, when given
+    attention_chunk_size: int | None = 8192  # C, of the layers with RoPE; None: full causal attention there too
+    qk_norm: bool = True  # unscaled RMS norm of queries and keys after RoPE, in the layers with RoPE
+    temperature: AttentionTemperature | None = dataclasses.field(default_factory=AttentionTemperature)
+    rope_theta: float = 500_000.0
+    rope_scaling: RopeScaling | None = None
+
+    norm_eps: float = 1e-5
+    attention_bias: bool = False
+    tie_embeddings: bool = False
+    initializer_range: float = 0.02
+
+    max_position_embeddings: int = 262_144
+    bos_token_id: int | None = 200_000
+    eos_token_ids: tuple[int, ...] = (200_001,)
+    pad_token_id: int | None = 200_018
+
+    vision: VisionConfig | None = None
+
+    def __post_init__(self):
+        _require_positive(
+            self, "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "norm_eps",
+            "rope_theta", "initializer_range", "max_position_embeddings",
+        )  # fmt: skip
+        _require(self.num_heads % self.num_kv_heads == 0, f"ModelConfig.{self.num_kv_heads=} must divide {self.num_heads=}")
+        _require(self.head_dim % 2 == 0, f"ModelConfig.head_dim={self.head_dim} must be even: RoPE turns pairs")
+        _require(self.moe_interval >= 0, f"ModelConfig.moe_interval must be 0 or more, got {self.moe_interval}")
+        _require(self.nope_interval >= 0, f"ModelConfig.nope_interval must be 0 or more, got {self.nope_interval}")
+        for name in ("moe_layers", "nope_layers"):
+            for layer in getattr(self, name) or ():
+                _require(0 <= layer < self.num_layers, f"ModelConfig.{name} names layer {layer}, but {self.num_layers=}")
+        if any(kind.is_moe for kind in self.layer_kinds):
+            _require_positive(self, "num_experts", "expert_ffn_size")
+            _require(
+                1 <= self.experts_per_token <= self.num_experts,
+                f"ModelConfig.experts_per_token must be 1 to num_experts={self.num_experts}, got {self.experts_per_token}",
+            )
+        if not all(kind.is_moe for kind in self.layer_kinds):
+            _require_positive(self, "dense_ffn_size")
+        if self.attention_chunk_size is not None:
+            _require_positive(self, "attention_chunk_size")
+
+    @property
+    def layer_kinds(self) -> tuple[LayerKind, ...]:
+        """The kind of each of the L layers."""
+
+        def chosen(explicit, interval):
+            if explicit is not None:
+                return set(explicit)
+            return set(range(interval - 1, self.num_layers, interval)) if interval else set()
+
+        moe, nope = chosen(self.moe_layers, self.moe_interval), chosen(self.nope_layers, self.nope_interval)
+        return tuple(LayerKind(uses_rope=i not in nope, is_moe=i in moe) for i in range(self.num_layers))
+
+    @property
+    def block_kinds(self) -> tuple[LayerKind, ...]:
+        """The shortest block of layers that, repeated, gives all of them: the body of the scan."""
+        kinds = self.layer_kinds
+        periods = (p for p in range(1, self.num_layers + 1) if self.num_layers % p == 0)
+        return next(kinds[:p] for p in periods if kinds == kinds[:p] * (self.num_layers // p))
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class ExecutionConfig:
+    """How a model runs: nothing here changes what it computes beyond rounding."""
+
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"  # of matmuls; router, norms, softmax, loss stay float32
+    remat: Literal["none", "layer"] = "none"  # what the backward pass recomputes rather than keeps
+    attention: str = "auto"  # an implementation in pallas_kernels/attention
+    expert_ffn: str = "auto"  # an implementation in pallas_kernels/expert_ffn
+    loss_block_size: int = 512  # positions of each row whose logits exist at one time during training
+
+    def __post_init__(self):
+        _require(self.compute_dtype in ("float32", "bfloat16"), f"ExecutionConfig.compute_dtype must be float32 or bfloat16, got {self.compute_dtype!r}")
+        _require(self.remat in ("none", "layer"), f"ExecutionConfig.remat must be none or layer, got {self.remat!r}")
+        _require_positive(self, "loss_block_size")
+
+
+# ------------------------------------------------------------------------------------------------------------------------
+# An experiment
+
+
+@dataclasses.dataclass
+class MeshConfig:
+    """Sizes of the device mesh's axes, outermost first; -1 takes what the others leave (one axis at most)."""
+
+    dcn_data: int = 1
+    data: int = -1
+    fsdp: int = 1
+    context: int = 1
+    expert: int = 1
+    tensor: int = 1
+
+    def __post_init__(self):
+        sizes = dataclasses.asdict(self)
+        for name, size in sizes.items():
+            _require(size == -1 or size > 0, f"MeshConfig.{name} must be positive or -1, got {size}")
+        free = [name for name, size in sizes.items() if size == -1]
+        _require(len(free) <= 1, f"MeshConfig: only one axis may be -1, got {', '.join(free)}")
+
+
+@dataclasses.dataclass
+class DataConfig:
+    """Text in, batches out.
+
+    A source is a file or a folder (.txt, .md, .py: one document a file; .jsonl: one a line), or `python:stdlib`: the
+    help topics and the standard library's source that the running Python carries.
+    """
+
+    sources: tuple[str, ...] = ()
+    heldout_sources: tuple[str, ...] = ()  # empty: whole documents of `sources` are held out
+    heldout_fraction: float = 0.05  # of the bytes, when heldout_sources is empty
+    text_field: str = "text"  # of a JSONL record
+    deduplicate: bool = True  # drop near-duplicate documents before the split
+    tokenizer: str = "bpe"  # `bpe` trains one on the training documents; otherwise a tokenizer.json
+    sequence_length: int = 512  # T
+    batch_size: int = 16  # B, over all devices and processes
+    shuffle_seed: int = 0
+
+    def __post_init__(self):
+        _require_positive(self, "sequence_length", "batch_size")
+        _require(0 < self.heldout_fraction < 1, f"DataConfig.heldout_fraction must lie between 0 and 1, got {self.heldout_fraction}")
+
+
+@dataclasses.dataclass
+class ObjectiveConfig:
+    """Weights of the terms that are added to the cross entropy. Meta published none of them."""
+
+    load_balance_weight: float = 0.01  # Switch Transformer, arXiv 2101.03961, equation 4
+    router_z_weight: float = 0.001  # ST-MoE, arXiv 2202.08906, equation 5
+
+    def __post_init__(self):
+        for name in ("load_balance_weight", "router_z_weight"):
+            _require(getattr(self, name) >= 0, f"ObjectiveConfig.{name} must be 0 or more, got {getattr(self, name)}")
+
+
+@dataclasses.dataclass
+class OptimizerConfig:
+    """AdamW under a warm-up and cosine decay, gradients clipped by their global norm."""
+
+    learning_rate: float = 3e-4  # at the peak
+    warmup_steps: int = 100
+    final_fraction: float = 0.1  # of the peak, at the last step
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # of matrices; norms and biases do not decay
+    clip_norm: float = 1.0
+    trainable: str = ".*"  # regular expression over parameter paths such as layers/layer_0/attention/query/kernel
+
+    def __post_init__(self):
+        _require_positive(self, "learning_rate", "eps", "clip_norm")
+        _require(self.warmup_steps >= 0, f"OptimizerConfig.warmup_steps must be 0 or more, got {self.warmup_steps}")
+        _require(0 <= self.final_fraction <= 1, f"OptimizerConfig.final_fraction must lie in [0, 1], got {self.final_fraction}")
+        for name in ("b1", "b2"):
+            _require(0 <= getattr(self, name) < 1, f"OptimizerConfig.{name} must lie in [0, 1), got {getattr(self, name)}")
+
+
+@dataclasses.dataclass
+class CheckpointConfig:
+    every: int = 200  # steps between checkpoints; the last step is always saved
+    keep: int = 2  # newest checkpoints that stay
+
+    def __post_init__(self):
+        _require_positive(self, "every", "keep")
+
+
+@dataclasses.dataclass
+class EvaluationConfig:
+    """One evaluation: a function registered in llama4_jax.evaluation, run on held-out data by the training loop."""
+
+    function: str = "bits_per_byte"
+    every: int = 200  # steps; it also runs after the last
+    max_batches: int | None = None  # None: all of the held-out data
+
+    def __post_init__(self):
+        _require_positive(self, "every")
+
+
+@dataclasses.dataclass
+class Experiment:
+    """Everything that a training run is; `get_config()` of a file in experiments/ returns one."""
+
+    model: ModelConfig
+    data: DataConfig
+    execution: ExecutionConfig = dataclasses.field(default_factory=ExecutionConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    evaluations: dict[str, EvaluationConfig] = dataclasses.field(default_factory=dict)
+    steps: int = 1000
+    seed: int = 0
+    log_every: int = 10
+
+    def __post_init__(self):
+        _require_positive(self, "steps", "log_every")
+        chunk, length = self.model.attention_chunk_size, self.data.sequence_length
+        _require(
+            chunk is None or length <= chunk or length % chunk == 0,
+            f"DataConfig.sequence_length={length} must be a multiple of ModelConfig.attention_chunk_size={chunk}, or at most that",
+        )
