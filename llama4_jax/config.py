@@ -192,7 +192,10 @@ class ExecutionConfig:
     loss_block_size: int = 512  # positions of each row whose logits exist at one time during training
 
     def __post_init__(self):
-        _require(self.compute_dtype in ("float32", "bfloat16"), f"ExecutionConfig.compute_dtype must be float32 or bfloat16, got {self.compute_dtype!r}")
+        _require(
+            self.compute_dtype in ("float32", "bfloat16"),
+            f"ExecutionConfig.compute_dtype must be float32 or bfloat16, got {self.compute_dtype!r}",
+        )
         _require(self.remat in ("none", "layer"), f"ExecutionConfig.remat must be none or layer, got {self.remat!r}")
         _require_positive(self, "loss_block_size")
 
@@ -240,7 +243,9 @@ class DataConfig:
 
     def __post_init__(self):
         _require_positive(self, "sequence_length", "batch_size")
-        _require(0 < self.heldout_fraction < 1, f"DataConfig.heldout_fraction must lie between 0 and 1, got {self.heldout_fraction}")
+        _require(
+            0 < self.heldout_fraction < 1, f"DataConfig.heldout_fraction must lie between 0 and 1, got {self.heldout_fraction}"
+        )
 
 
 @dataclasses.dataclass

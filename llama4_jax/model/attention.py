@@ -1,0 +1,83 @@
+"""Grouped-query attention of one layer: rotary and chunked, or NoPE and full with a temperature on the queries."""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from llama4_jax.config import ExecutionConfig, ModelConfig
+from llama4_jax.model.cache import LayerCache
+from llama4_jax.model.context import Context, KindContext
+from llama4_jax.model.linear import Linear
+from llama4_jax.model.norms import rms_normalize
+from llama4_jax.model.rotary import rotate
+from pallas_kernels.attention import attention
+
+
+class Attention(nn.Module):
+    """Attributes:
+    config, execution: of the whole model.
+    uses_rope: whether this layer is local (RoPE, chunks, QK norm) or full (NoPE, temperature).
+    """
+
+    config: ModelConfig
+    execution: ExecutionConfig
+    uses_rope: bool
+
+    def setup(self):
+        c = self.config
+        shape, axes = (c.hidden_size, c.num_heads, c.head_dim), ("embed", "heads", "head_dim")
+        kv_shape, kv_axes = (c.hidden_size, c.num_kv_heads, c.head_dim), ("embed", "kv_heads", "head_dim")
+        self.query = Linear(shape, axes, c.initializer_range, use_bias=c.attention_bias)
+        self.key = Linear(kv_shape, kv_axes, c.initializer_range, use_bias=c.attention_bias)
+        self.value = Linear(kv_shape, kv_axes, c.initializer_range, use_bias=c.attention_bias)
+        self.output = Linear(
+            (c.num_heads, c.head_dim, c.hidden_size), ("heads", "head_dim", "embed"), residual_stddev(c), in_axes=2, use_bias=c.attention_bias
+        )  # fmt: skip
+
+    def __call__(
+        self, x: Float[Array, "B T D"], context: Context, cache: LayerCache | None
+    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+        q, k, v = self.query(x), self.key(x), self.value(x)  # [B, T, N or K, H]
+        if self.uses_rope:
+            kind = context.local
+            q, k = rotate(q, context.rotation), rotate(k, context.rotation)
+            if self.config.qk_norm:
+                q, k = rms_normalize(q, self.config.norm_eps), rms_normalize(k, self.config.norm_eps)
+        else:
+            kind = context.full
+            if context.temperature is not None:
+                q = (q.astype(jnp.float32) * context.temperature).astype(q.dtype)
+        q = nn.with_logical_constraint(q, ("batch", "seq", "act_heads", None))
+        if cache is None:
+            out = self._attend(q, k, v, kind.fresh)
+        else:
+            out, cache = self._attend_cached(q, k, v, context, kind, cache)
+        return self.output(out), cache
+
+    def _attend(self, q, k, v, mask):
+        return attention(q, k, v, mask, implementation=self.execution.attention)
+
+    def _attend_cached(self, q, k, v, context: Context, kind: KindContext, cache: LayerCache):
+        """One token reads the slots after it was written. Several may overwrite slots that the first of them still
+        needs, so they read the slots as they were, if any were filled, and each other."""
+        written = cache.write(k, v, kind.places)
+        if q.shape[1] == 1:
+            return self._attend(q, *_as(q, written.read()), kind.written), written
+
+        def joined():
+            keys, values = (jnp.concatenate(pair, axis=1) for pair in zip(_as(q, cache.read()), (k, v), strict=True))
+            return self._attend(q, keys, values, kind.joined)
+
+        return jax.lax.cond(context.cache_is_empty, lambda: self._attend(q, k, v, kind.fresh), joined), written
+
+
+def _as(like, arrays):
+    return [x.astype(like.dtype) for x in arrays]
+
+
+def residual_stddev(config: ModelConfig) -> float:
+    """Initial deviation of projections into the residual stream, smaller the more of them add up (GPT-2's rule)."""
+    return config.initializer_range / math.sqrt(2 * config.num_layers)

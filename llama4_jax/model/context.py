@@ -1,0 +1,99 @@
+"""What every layer needs to know about the tokens' places: computed once, shared by all layers."""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+from llama4_jax.config import AttentionTemperature, ModelConfig
+from llama4_jax.model.cache import EMPTY, Cache, Slots
+from llama4_jax.model.rotary import Rotation, inverse_frequencies, rotation
+from pallas_kernels.attention import Mask
+
+
+@struct.dataclass
+class KindContext:
+    """What layers of one kind (with RoPE, or without) share.
+
+    Attributes:
+        fresh: the mask among the tokens at hand.
+        places: the cache slot of each token; None without a cache.
+        joined: the mask over the cached slots as they were, followed by the tokens at hand.
+        written: the mask over the cached slots once these tokens are in them.
+    """
+
+    fresh: Mask
+    places: Int[Array, "B T"] | None = None
+    joined: Mask | None = None
+    written: Mask | None = None
+
+
+@struct.dataclass
+class Context:
+    """Attributes:
+    valid: tokens that are not padding; None when all are.
+    rotation: of the layers with RoPE.
+    temperature: the factor on the queries of NoPE layers; None without temperature tuning.
+    local, full: of the layers with RoPE, and without.
+    cache_is_empty: whether nothing was read before; None without a cache.
+    """
+
+    valid: Bool[Array, "B T"] | None
+    rotation: Rotation
+    temperature: Float[Array, "#B T 1 1"] | None
+    local: KindContext
+    full: KindContext
+    cache_is_empty: Bool[Array, ""] | None = None
+
+
+def document_positions(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Places counted from the start of each run of equal segment ids."""
+    index = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)[None]
+    starts = jnp.concatenate([jnp.ones_like(segment_ids[:, :1], bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1)
+    return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
+
+
+def temperature_factor(positions: Int[Array, "#B T"], tuning: AttentionTemperature) -> Float[Array, "#B T 1 1"]:
+    """1 + scale * log(1 + floor((p + 1) / floor)), in float32 from integer positions. arXiv 2501.19399."""
+    steps = jnp.floor((positions + 1).astype(jnp.float32) / tuning.floor)
+    return (1 + tuning.scale * jnp.log1p(steps))[..., None, None]
+
+
+def make_context(
+    config: ModelConfig,
+    shape: tuple[int, int],
+    positions: Int[Array, "B T"] | None,
+    segment_ids: Int[Array, "B T"] | None,
+    cache: Cache | None,
+    document_window: int | None,
+) -> Context:
+    """Positions that are not given count from the start of each document, and go on from what the cache holds."""
+    valid = None if segment_ids is None else segment_ids != 0
+    index = jnp.arange(shape[1], dtype=jnp.int32)[None]
+    if positions is None and segment_ids is not None:
+        positions = document_positions(segment_ids)
+        if cache is not None:
+            positions += cache.lengths[:, None]
+    if cache is not None:
+        valid = jnp.ones(shape, bool) if valid is None else valid
+        positions = cache.lengths[:, None] + index if positions is None else positions
+    indices = index if positions is None else positions  # [#B, T]
+    chunk = config.attention_chunk_size
+
+    def kind(chunk: int | None, slots: Slots | None) -> KindContext:
+        fresh = Mask(positions, segment_ids, chunk=chunk, document_window=document_window)
+        if slots is None:
+            return KindContext(fresh)
+        places = slots.places(positions, valid)
+        joined = jnp.concatenate([slots.positions, jnp.where(valid, positions, EMPTY)], axis=1)  # [B, S + T]
+        written = slots.write(positions, places).positions
+        return KindContext(fresh, places, *(Mask(positions, key_positions=keys, chunk=chunk) for keys in (joined, written)))
+
+    return Context(
+        valid=valid,
+        rotation=rotation(indices, inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling), chunk),
+        temperature=None if config.temperature is None else temperature_factor(indices, config.temperature),
+        local=kind(chunk, None if cache is None else cache.local),
+        full=kind(None, None if cache is None else cache.full),
+        cache_is_empty=None if cache is None else cache.is_empty,
+    )

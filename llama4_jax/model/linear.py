@@ -1,0 +1,72 @@
+"""The one place where activations meet weights.
+
+Every projection and every expert matmul of the model goes through `project` or `expert_ffn`. What a weight may be is
+decided here alone: today an array; a quantised array or one with a low-rank adapter joins by becoming another `Weight`.
+"""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+import pallas_kernels.expert_ffn as expert_ffn_kernel
+
+Weight = jax.Array
+
+
+def project(x: Float[Array, "..."], weight: Weight, *, in_axes: int = 1) -> Float[Array, "..."]:
+    """x contracted over its last `in_axes` axes with the first `in_axes` axes of the weight, in the dtype of x."""
+    contract = tuple(range(x.ndim - in_axes, x.ndim)), tuple(range(in_axes))
+    return jax.lax.dot_general(x, weight.astype(x.dtype), (contract, ((), ())))
+
+
+def expert_ffn(
+    x: Float[Array, "M D"],
+    experts: Int[Array, "M X"],
+    scores: Float[Array, "M X"],
+    gate_up: Weight,
+    down: Weight,
+    *,
+    implementation: str,
+) -> Float[Array, "M D"]:
+    """The routed experts' output, summed over each token's choices. See pallas_kernels/expert_ffn."""
+    weights = gate_up.astype(x.dtype), down.astype(x.dtype)
+    return expert_ffn_kernel.expert_ffn(x, experts, scores, *weights, implementation=implementation)
+
+
+def swiglu(gate_up: Float[Array, "... 2 F"]) -> Float[Array, "... F"]:
+    return nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]
+
+
+class Linear(nn.Module):
+    """A projection with named axes.
+
+    Attributes:
+        shape: of the kernel: the input axes, then the output axes.
+        axes: the logical name of each of them.
+        in_axes: how many of them are input axes.
+        use_bias: whether a bias of the output's shape is added.
+        stddev: of the normal initialisation.
+    """
+
+    shape: Sequence[int]
+    axes: Sequence[str | None]
+    stddev: float
+    in_axes: int = 1
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        kernel = self.param("kernel", normal(self.stddev, self.axes), tuple(self.shape), jnp.float32)
+        y = project(x, kernel, in_axes=self.in_axes)
+        if self.use_bias:
+            init = nn.with_logical_partitioning(nn.initializers.zeros, tuple(self.axes[self.in_axes :]))
+            y += self.param("bias", init, tuple(self.shape[self.in_axes :]), jnp.float32).astype(y.dtype)
+        return y
+
+
+def normal(stddev: float, axes: Sequence[str | None]):
+    """A normal initialiser whose parameter knows its logical axes."""
+    return nn.with_logical_partitioning(nn.initializers.normal(stddev), tuple(axes))

@@ -1,0 +1,130 @@
+"""Llama 4, from tokens to logits."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from llama4_jax.config import ExecutionConfig, ModelConfig
+from llama4_jax.model.cache import Cache
+from llama4_jax.model.context import make_context
+from llama4_jax.model.decoder import run_layers, scanned_blocks
+from llama4_jax.model.linear import normal, project
+from llama4_jax.model.losses import target_log_probs
+from llama4_jax.model.moe import RouterStats
+from llama4_jax.model.norms import RMSNorm
+
+
+@struct.dataclass
+class Output:
+    """Attributes:
+    logits: of the next token, float32; None when targets were given.
+    log_probs: of the given targets, float32; None when none were given.
+    cache: with these tokens in it; None when none was given.
+    router_stats: of each MoE layer in order; None in a model without experts.
+    """
+
+    logits: Float[Array, "B T V"] | None
+    log_probs: Float[Array, "B T"] | None
+    cache: Cache | None
+    router_stats: RouterStats | None
+
+
+class Llama4(nn.Module):
+    """A Llama 4 text model: `Llama4(config).apply({"params": params}, tokens) -> Output`.
+
+    Inner states come out through `capture_intermediates=True`: layers/layer_j holds the outputs of the layer itself and
+    of its attention_norm, attention, ffn_norm, feed_forward and feed_forward/router, stacked over the repeated blocks.
+    """
+
+    config: ModelConfig
+    execution: ExecutionConfig = ExecutionConfig()
+
+    def setup(self):
+        c = self.config
+        self.embed = Embedding(c)
+        self.layers = scanned_blocks(c, self.execution)
+        self.final_norm = RMSNorm(c.norm_eps)
+        if not c.tie_embeddings:
+            self.lm_head = Head(c)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        images: Float[Array, "B I h w 3"] | None = None,
+        cache: Cache | None = None,
+        targets: Int[Array, "B T"] | None = None,
+        document_window: int | None = None,
+    ) -> Output:
+        """One forward pass.
+
+        Args:
+            tokens: ids.
+            positions: of each token in its document; None counts from each document's start, or goes on from the cache.
+            segment_ids: the document of each token, 0 for padding; None: one document a row. With a cache, a row is one
+                document, and 0 marks its padding.
+            images: tile slots; not supported yet.
+            cache: what was read before. The tokens are added to it.
+            targets: return their log-probabilities instead of logits.
+            document_window: the packer's promise, see `Batch.document_window`.
+        """
+        if images is not None:
+            raise NotImplementedError("images: this version reads text only")
+        dtype = jnp.dtype(self.execution.compute_dtype)
+        context = make_context(self.config, tokens.shape, positions, segment_ids, cache, document_window)
+        x = nn.with_logical_constraint(self.embed(tokens).astype(dtype), ("batch", "seq", "act_embed"))
+        x, cache, stats = run_layers(self.layers, x, context, cache)
+        x = self.final_norm(x)
+        head = self.embed.table().T if self.config.tie_embeddings else self.lm_head()
+        if targets is not None:
+            return Output(None, target_log_probs(x, head.astype(dtype), targets, self.execution.loss_block_size), cache, stats)
+        return Output(project(x, head).astype(jnp.float32), None, cache, stats)
+
+
+class Embedding(nn.Module):
+    """The token table, which a tied head reads too."""
+
+    config: ModelConfig
+
+    def setup(self):
+        c = self.config
+        self.embedding = self.param("embedding", normal(c.initializer_range, ("vocab", "embed")), (c.vocab_size, c.hidden_size))
+
+    def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        return jnp.take(self.embedding, tokens, axis=0)
+
+    def table(self) -> Float[Array, "V D"]:
+        return self.embedding
+
+
+class Head(nn.Module):
+    """The untied output projection."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self) -> Float[Array, "D V"]:
+        c = self.config
+        return self.param("kernel", normal(c.initializer_range, ("embed", "vocab")), (c.hidden_size, c.vocab_size))
+
+
+def _init(model: Llama4, key):
+    return model.init(key, jnp.zeros((1, 2), jnp.int32))["params"]
+
+
+def init_params(model: Llama4, key: jax.Array) -> dict:
+    """Fresh float32 parameters as nested dicts of plain arrays."""
+    return nn.unbox(_init(model, key))
+
+
+def abstract_params(model: Llama4) -> dict:
+    """The tree of init_params as ShapeDtypeStructs: any size on any machine."""
+    return jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+
+
+def logical_axes(model: Llama4) -> dict:
+    """The tree of init_params as PartitionSpecs of logical axis names."""
+    return nn.get_partition_spec(jax.eval_shape(lambda: _init(model, jax.random.key(0))))

@@ -1,0 +1,139 @@
+"""Mixture of experts: a float32 router, the chosen experts on scaled tokens, and a shared expert on all of them."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+from llama4_jax.config import ExecutionConfig, ModelConfig
+from llama4_jax.model.attention import residual_stddev
+from llama4_jax.model.linear import Linear, expert_ffn, normal, project, swiglu
+
+
+@struct.dataclass
+class Routing:
+    """A router's decision. Attributes:
+    logits: of every expert, float32.
+    experts: the chosen ones, best first; of equal logits the lower index.
+    scores: sigmoid of their logits.
+    """
+
+    logits: Float[Array, "M E"]
+    experts: Int[Array, "M X"]
+    scores: Float[Array, "M X"]
+
+
+@struct.dataclass
+class RouterStats:
+    """How a layer's router spread the tokens (padding aside). In a model's output each has a leading axis of MoE layers.
+
+    Attributes:
+        load: share of all choices that fell on each expert; sums to 1.
+        entropy: mean over tokens of the entropy of softmax(logits), in nats.
+        load_balance_loss: E * sum_e load_e * mean_m softmax(logits_m)_e; 1 when even. Switch Transformer, arXiv
+            2101.03961, equations 4 to 6.
+        z_loss: mean over tokens of logsumexp(logits)^2. ST-MoE, arXiv 2202.08906, equation 5.
+    """
+
+    load: Float[Array, "*L E"]
+    entropy: Float[Array, "*L"]
+    load_balance_loss: Float[Array, "*L"]
+    z_loss: Float[Array, "*L"]
+
+
+def router_stats(routing: Routing, valid: Bool[Array, " M"] | None) -> RouterStats:
+    num_experts = routing.logits.shape[-1]
+    weights = jnp.ones(routing.logits.shape[:1]) if valid is None else valid.astype(jnp.float32)
+    weights = weights / jnp.maximum(weights.sum(), 1.0)  # [M]
+    log_p = jax.nn.log_softmax(routing.logits, axis=-1)
+    p = jnp.exp(log_p)
+    chosen = jax.nn.one_hot(routing.experts, num_experts).mean(axis=1)  # [M, E]
+    load = weights @ jax.lax.stop_gradient(chosen)
+    return RouterStats(
+        load=load,
+        entropy=-jnp.vdot(weights, (p * log_p).sum(axis=-1)),
+        load_balance_loss=num_experts * jnp.vdot(load, weights @ p),
+        z_loss=jnp.vdot(weights, jnp.square(jax.nn.logsumexp(routing.logits, axis=-1))),
+    )
+
+
+class Router(nn.Module):
+    """Top-k of the logits, then a sigmoid of each by itself: the scores do not sum to one."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "M D"]) -> Routing:
+        c = self.config
+        init = normal(c.initializer_range, ("embed", "router_experts"))
+        kernel = self.param("kernel", init, (c.hidden_size, c.num_experts), jnp.float32)
+        with jax.default_matmul_precision("float32"):
+            logits = project(x.astype(jnp.float32), kernel)  # [M, E]
+        if c.experts_per_token == 1:
+            experts = jnp.argmax(logits, axis=-1, keepdims=True).astype(jnp.int32)
+        else:
+            experts = jax.lax.top_k(logits, c.experts_per_token)[1]
+        return Routing(logits, experts, jax.nn.sigmoid(jnp.take_along_axis(logits, experts, axis=-1)))
+
+
+class DenseFFN(nn.Module):
+    """(silu(x gate) * (x up)) down. Serves the dense layers and the shared expert."""
+
+    config: ModelConfig
+    size: int  # F
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        D = self.config.hidden_size
+        gate_up = Linear((D, 2, self.size), ("embed", None, "ffn"), self.config.initializer_range, name="gate_up")
+        down = Linear((self.size, D), ("ffn", "embed"), residual_stddev(self.config), name="down")
+        return down(swiglu(gate_up(x)))
+
+
+class ExpertKernel(nn.Module):
+    """One stacked weight of the routed experts."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    stddev: float
+
+    @nn.compact
+    def __call__(self):
+        return self.param("kernel", normal(self.stddev, self.axes), self.shape, jnp.float32)
+
+
+class Experts(nn.Module):
+    """The routed experts: gate and up in one weight, down in another, stacked over E."""
+
+    config: ModelConfig
+    execution: ExecutionConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "M D"], routing: Routing) -> Float[Array, "M D"]:
+        c = self.config
+        E, D, F = c.num_experts, c.hidden_size, c.expert_ffn_size
+        gate_up = ExpertKernel((E, D, 2, F), ("experts", "embed", None, "ffn"), c.initializer_range, name="gate_up")()
+        down = ExpertKernel((E, F, D), ("experts", "ffn", "embed"), residual_stddev(c), name="down")()
+        return expert_ffn(x, routing.experts, routing.scores, gate_up, down, implementation=self.execution.expert_ffn)
+
+
+class MoE(nn.Module):
+    """Routed experts on score * x, plus the shared expert on x itself."""
+
+    config: ModelConfig
+    execution: ExecutionConfig
+
+    def setup(self):
+        self.router = Router(self.config)
+        self.experts = Experts(self.config, self.execution)
+        if self.config.shared_expert:
+            self.shared_expert = DenseFFN(self.config, self.config.expert_ffn_size)
+
+    def __call__(self, x: Float[Array, "B T D"], valid: Bool[Array, "B T"] | None) -> tuple[Float[Array, "B T D"], RouterStats]:
+        tokens = x.reshape(-1, x.shape[-1])  # [M, D]
+        routing = self.router(tokens)
+        y = self.experts(tokens, routing).reshape(x.shape)
+        if self.config.shared_expert:
+            y += self.shared_expert(x)
+        return y, router_stats(routing, None if valid is None else valid.reshape(-1))

@@ -1,0 +1,35 @@
+"""The feed-forward network of routed experts, from tokens to tokens."""
+
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import dispatch
+from pallas_kernels.expert_ffn import blocks, ragged, reference
+
+IMPLEMENTATIONS = {"reference": reference.expert_ffn, "blocks": blocks.expert_ffn, "ragged": ragged.expert_ffn}
+AUTO = {"cpu": "blocks", "gpu": "ragged", "tpu": "ragged"}
+
+
+def expert_ffn(
+    x: Float[Array, "M D"],
+    experts: Int[Array, "M X"],
+    scores: Float[Array, "M X"],
+    gate_up: Float[Array, "E D 2 F"],
+    down: Float[Array, "E F D"],
+    *,
+    implementation: str = "auto",
+) -> Float[Array, "M D"]:
+    """sum over x of expert_{e_mx}(s_mx * x_m), with expert_e(z) = (silu(z gate_e) * (z up_e)) down_e. Drops no token.
+
+    Llama 4 scales what an expert reads, not what it writes; the two differ, since SwiGLU is not linear.
+
+    Args:
+        x: tokens.
+        experts: the experts of each token, all different.
+        scores: the weight of each of them, float32.
+        gate_up: of each expert, gate at index 0 and up at index 1.
+        down: of each expert.
+
+    Raises:
+        ValueError: there is no such implementation.
+    """
+    return dispatch.choose("expert_ffn", IMPLEMENTATIONS, AUTO, implementation)(x, experts, scores, gate_up, down)
