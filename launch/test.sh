@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Installs what the tests need into .venv and runs them. Arguments go to pytest:
+#   ./launch/test.sh                          the suite
+#   ./launch/test.sh tests/model -k decode    part of it
+#   ./launch/test.sh --run-slow               and the slow matrix
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. launch/environment.sh
+enter_environment
+export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
+exec python -m pytest "$@"
