@@ -6,8 +6,8 @@ import pytest
 
 from llama4_jax.config import (
     DataConfig,
-    Experiment,
     ExecutionConfig,
+    Experiment,
     LayerKind,
     MeshConfig,
     ModelConfig,

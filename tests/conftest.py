@@ -1,0 +1,18 @@
+"""Signatures are checked here and only here: every jaxtyping annotation of the packages holds while the tests run."""
+
+import jaxtyping
+import pytest
+
+_hook = jaxtyping.install_import_hook(["llama4_jax.model", "llama4_jax.inference", "pallas_kernels"], "beartype.beartype")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--run-slow", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--run-slow"):
+        skip = pytest.mark.skip(reason="slow: ./launch/test.sh --run-slow")
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(skip)
