@@ -47,8 +47,8 @@ class Cache:
         lengths: tokens read so far, by row.
     """
 
-    keys: tuple[Float[Array, "Lb B S K H"], ...]
-    values: tuple[Float[Array, "Lb B S K H"], ...]
+    keys: tuple[Float[Array, "Lb B _ K H"], ...]
+    values: tuple[Float[Array, "Lb B _ K H"], ...]
     local: Slots
     full: Slots
     lengths: Int[Array, " B"]

@@ -42,10 +42,10 @@ class DecoderLayer(nn.Module):
 class Carry:
     """What goes from block to block. The cache is carried, not scanned over, so that it is updated in place."""
 
-    x: Float[Array, "B T D"]
-    keys: tuple[Float[Array, "Lb B S K H"], ...] | None
-    values: tuple[Float[Array, "Lb B S K H"], ...] | None
-    index: Int[Array, ""]
+    x: Float[Array, "*L B T D"]
+    keys: tuple[Float[Array, "*L Lb B _ K H"], ...] | None
+    values: tuple[Float[Array, "*L Lb B _ K H"], ...] | None
+    index: Int[Array, "*L"]
 
 
 class Block(nn.Module):

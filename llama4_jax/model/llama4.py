@@ -1,5 +1,7 @@
 """Llama 4, from tokens to logits."""
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -111,6 +113,7 @@ class Head(nn.Module):
         return self.param("kernel", normal(c.initializer_range, ("embed", "vocab")), (c.hidden_size, c.vocab_size))
 
 
+@partial(jax.jit, static_argnums=0)
 def _init(model: Llama4, key):
     return model.init(key, jnp.zeros((1, 2), jnp.int32))["params"]
 

@@ -13,15 +13,15 @@ from llama4_jax.model.linear import Linear, expert_ffn, normal, project, swiglu
 
 @struct.dataclass
 class Routing:
-    """A router's decision. Attributes:
+    """A router's decision; a captured one has a leading axis of blocks. Attributes:
     logits: of every expert, float32.
     experts: the chosen ones, best first; of equal logits the lower index.
     scores: sigmoid of their logits.
     """
 
-    logits: Float[Array, "M E"]
-    experts: Int[Array, "M X"]
-    scores: Float[Array, "M X"]
+    logits: Float[Array, "*L M E"]
+    experts: Int[Array, "*L M X"]
+    scores: Float[Array, "*L M X"]
 
 
 @struct.dataclass
