@@ -180,8 +180,9 @@ def _tokenizer(config: DataConfig, split: _Split, vocab_size: int) -> Tokenizer:
         return Tokenizer.train_bpe((document.text for _, document in split.train), vocab_size)
     tokenizer = Tokenizer.load(config.tokenizer)
     tokenizer.require_fits(vocab_size)
-    for _, document in split.heldout:
-        if tokenizer.decode(tokenizer.encode(document.text)) != document.text:
+    heldout = [document for _, document in split.heldout]
+    for document, ids in zip(heldout, tokenizer.encode_batch([document.text for document in heldout]), strict=True):
+        if tokenizer.decode(ids) != document.text:
             raise UserError(
                 f"tokenizer {config.tokenizer} does not give back the document {document.name} as it was, "
                 "so bits per byte would mean nothing: use a lossless tokenizer"
