@@ -123,12 +123,12 @@ def _describe_inputs(config, sources, heldout_sources, vocab_size, document_wind
 
 
 def _build(config, sources, heldout_sources, inputs, cache_dir: Path, progress: bool) -> None:
-    split = _split(config, sources, heldout_sources, progress)
-    tokenizer = _tokenizer(config, split, inputs["vocab_size"])
     try:
-        cache_dir.parent.mkdir(parents=True, exist_ok=True)
+        cache_dir.parent.mkdir(parents=True, exist_ok=True)  # before the work: a folder that cannot be written shows now
         unfinished = Path(tempfile.mkdtemp(prefix=f".{cache_dir.name}-unfinished-", dir=cache_dir.parent))
         try:
+            split = _split(config, sources, heldout_sources, progress)
+            tokenizer = _tokenizer(config, split, inputs["vocab_size"])
             _write(unfinished, split, tokenizer, inputs, progress)
             _publish(unfinished, cache_dir)
         finally:
