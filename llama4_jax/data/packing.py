@@ -1,0 +1,179 @@
+"""Documents of any length into rows of exactly T tokens, with little padding and every token predicted exactly once.
+
+A document is its ids between a begin and an end token. It is cut into pieces of at most T predictions: the piece at i reads
+ids[i : i + T] and predicts ids[i + 1 : i + T + 1]. So every token but the first is predicted once, whatever its document.
+
+Pieces keep the promise of Batch.document_window W: one of at most W tokens lies inside one W-aligned window of its row, a
+longer one starts on a window. Each window is a bin; best fit, longest piece first, fills them.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Int, Integer
+
+from llama4_jax.data.batch import Batch
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TokenizedDocuments:
+    """Documents end to end: document i is ids[starts[i] : starts[i + 1]], its begin and end tokens among them."""
+
+    ids: Integer[np.ndarray, "tokens"]
+    starts: Int[np.ndarray, "documents+1"]
+    sources: Int[np.ndarray, "documents"]  # index of the data source of each
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PackingPlan:
+    """Where each piece goes, in the order of rows and of places in a row."""
+
+    document: Int[np.ndarray, "pieces"]
+    start: Int[np.ndarray, "pieces"]  # of the piece in its document
+    length: Int[np.ndarray, "pieces"]
+    row: Int[np.ndarray, "pieces"]
+    offset: Int[np.ndarray, "pieces"]  # of the piece in its row
+
+
+def plan_packing(
+    document_lengths: Int[np.ndarray, "documents"], sequence_length: int, document_window: int | None = None
+) -> PackingPlan:
+    """Plans rows of `sequence_length` for documents of these lengths, their begin and end tokens counted.
+
+    A `document_window` that the row holds more than once must divide it. Deterministic.
+    """
+    window = min(document_window or sequence_length, sequence_length)
+    if sequence_length % window:
+        raise ValueError(f"{document_window=} must divide {sequence_length=}")
+    document, start, length = _cut(document_lengths, sequence_length)
+    bin_, used = _place(length, sequence_length // window, window)
+    row, offset = bin_ * window // sequence_length, bin_ * window % sequence_length + used
+    order = np.lexsort((offset, row))
+    return PackingPlan(*(array[order] for array in (document, start, length, row, offset)))
+
+
+def _cut(document_lengths, sequence_length):
+    """Document, start and length of each piece."""
+    predictions = np.maximum(np.asarray(document_lengths, np.int64) - 1, 0)
+    pieces = -(-predictions // sequence_length)  # of each document
+    document = np.repeat(np.arange(len(pieces)), pieces)
+    first_piece = np.cumsum(pieces) - pieces
+    start = (np.arange(len(document)) - first_piece[document]) * sequence_length
+    return document, start, np.minimum(predictions[document] - start, sequence_length)
+
+
+def _place(lengths, windows_per_row, window):
+    """Window, counted through all rows, in which each piece starts, and its offset in that window."""
+    bins, offsets = np.zeros_like(lengths), np.zeros_like(lengths)
+    long = np.flatnonzero(lengths > window)
+    windows = -(-lengths[long] // window)
+    rows: list[int] = []  # free windows of each row
+    row, first = _best_fit_decreasing(windows, windows_per_row, rows)
+    bins[long] = row * windows_per_row + first
+
+    # What a long piece leaves of its last window is as good a bin as an empty window.
+    free = np.full(len(rows) * windows_per_row, window)
+    for begin, end, length in zip(bins[long], bins[long] + windows, lengths[long], strict=True):
+        free[begin:end] = 0
+        free[end - 1] = (end - begin) * window - length
+    short = np.flatnonzero(lengths <= window)
+    bins[short], offsets[short] = _best_fit_decreasing(lengths[short], window, free.tolist())
+    return bins, offsets
+
+
+def _best_fit_decreasing(sizes: np.ndarray, capacity: int, free: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Bin and offset of each item: the largest first, each into the fullest bin that has room, else into a new one.
+
+    `free` is the room of the bins at first, filled from their start, and grows.
+    """
+    bins_by_room: list[list[int]] = [[] for _ in range(capacity + 1)]
+    occupied = 0  # bit r: some bin has room r
+    for bin_, room in enumerate(free):
+        bins_by_room[room].append(bin_)
+        occupied |= 1 << room
+    chosen, offsets = np.zeros_like(sizes), np.zeros_like(sizes)
+    for item in np.argsort(-sizes, kind="stable"):
+        size = int(sizes[item])
+        roomy = occupied >> size
+        if roomy:
+            room = size + (roomy & -roomy).bit_length() - 1
+            bin_ = bins_by_room[room].pop()
+            if not bins_by_room[room]:
+                occupied ^= 1 << room
+        else:
+            room, bin_ = capacity, len(free)
+            free.append(capacity)
+        chosen[item], offsets[item] = bin_, capacity - room
+        free[bin_] = room - size
+        bins_by_room[room - size].append(bin_)
+        occupied |= 1 << (room - size)
+    return chosen, offsets
+
+
+class PackedRows:
+    """Rows of T tokens, made when they are asked for."""
+
+    def __init__(
+        self, documents: TokenizedDocuments, plan: PackingPlan, sequence_length: int, document_window: int | None = None
+    ):
+        self.documents = documents
+        self.plan = plan
+        self.sequence_length = sequence_length
+        self.document_window = document_window
+        num_rows = int(plan.row.max(initial=-1)) + 1
+        self._first_piece = np.searchsorted(plan.row, np.arange(num_rows + 1))  # of each row
+
+    def __len__(self) -> int:
+        return len(self._first_piece) - 1
+
+    @property
+    def padding_share(self) -> float:
+        """Share of all places that hold no token, in [0, 1]."""
+        return 1 - int(self.plan.length.sum()) / max(len(self) * self.sequence_length, 1)
+
+    def batch(self, rows: Sequence[int] | Int[np.ndarray, "rows"], batch_size: int | None = None) -> Batch:
+        """The rows of these indices; empty rows after them up to `batch_size`. Places without a token hold zeros."""
+        shape = (len(rows) if batch_size is None else batch_size, self.sequence_length)
+        tokens, targets, positions, segments, sources = (np.zeros(shape, np.int32) for _ in range(5))
+        plan, documents = self.plan, self.documents
+        for place, row in enumerate(rows):
+            pieces = range(self._first_piece[row], self._first_piece[row + 1])
+            for segment, piece in enumerate(pieces, start=1):
+                length = plan.length[piece]
+                here = (place, slice(plan.offset[piece], plan.offset[piece] + length))
+                read = documents.starts[plan.document[piece]] + plan.start[piece]
+                tokens[here] = documents.ids[read : read + length]
+                targets[here] = documents.ids[read + 1 : read + 1 + length]
+                positions[here] = np.arange(length)
+                segments[here] = segment
+                sources[here] = documents.sources[plan.document[piece]]
+        return Batch(
+            tokens=tokens,
+            targets=targets,
+            loss_weights=(segments > 0).astype(np.float32),
+            positions=positions,
+            segment_ids=segments,
+            source_ids=sources,
+            document_window=self.document_window,
+        )
+
+
+def check_windows(segment_ids: Int[np.ndarray, "B T"], document_window: int | None) -> None:
+    """Raises ValueError, naming the row and the segment, unless the rows keep the promise of Batch.document_window."""
+    if document_window is None:
+        return
+    batch_size, sequence_length = segment_ids.shape
+    change = np.ones((batch_size, sequence_length), bool)  # where a run of one segment begins
+    change[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
+    begin = np.flatnonzero(change)
+    length = np.diff(begin, append=segment_ids.size)
+    row, place = np.divmod(begin, sequence_length)
+    segment = segment_ids.reshape(-1)[begin]
+    crosses = place % document_window + length > document_window
+    broken = np.flatnonzero((segment > 0) & crosses & ((length <= document_window) | (place % document_window > 0)))
+    if len(broken):
+        i = broken[0]
+        raise ValueError(
+            f"row {row[i]}: segment {segment[i]} of {length[i]} tokens starts at {place[i]}, across a window of {document_window}"
+        )

@@ -1,0 +1,127 @@
+"""Text to token ids and back: any tokenizer.json, or a byte-level BPE trained here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from llama4_jax.errors import UserError
+
+BEGIN, END, PAD = "<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad|>"
+
+# A tokenizer.json does not say which of its tokens begins a text, ends it, or pads: published names, in order of choice.
+_BEGIN_NAMES = (BEGIN, "<s>", "<bos>", "<|endoftext|>")
+_END_NAMES = (END, "</s>", "<eos>", "<|endoftext|>")
+_PAD_NAMES = (PAD, "<|finetune_right_pad_id|>", "<pad>", *_END_NAMES)
+
+# No merge crosses the pieces that this cuts a text into. Fewer tokens than GPT-2's rule on source code by an eighth at
+# 4096 of them, because a line's end and the indentation after it become one token.
+_SPLIT = "|".join(
+    (
+        r"[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+",  # a word with the space, dot, underscore ... before it
+        r"\p{N}{1,3}",  # digits by threes
+        r" ?[^\s\p{L}\p{M}\p{N}]+(?:[\r\n]+[ \t]*)?",  # punctuation, with the line's end and the next one's indentation
+        r"[\r\n]+[ \t]*",  # line ends and the next line's indentation
+        r"[ \t]+(?=[\r\n])",  # white space before a line's end
+        r"\s+(?!\S)",  # other white space, but for the space that belongs to a word
+        r"\s+",
+    )
+)
+
+
+class Tokenizer:
+    """Encodes and decodes text. A special token's name in a text is text, never the token."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, name: str):
+        """`name` is what error messages call it. Raises UserError when no known token begins or ends a text."""
+        # Without this the name of a control token in a document would become that token.
+        backend.encode_special_tokens = True
+        # A published file may ask for either; both would lose or invent tokens here.
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        self.name = name
+        self.bos_id = self._find(_BEGIN_NAMES, "begins")
+        self.eos_id = self._find(_END_NAMES, "ends")
+        self.pad_id = self._find(_PAD_NAMES, "pads")
+
+    @classmethod
+    def train_bpe(cls, documents: Iterable[str], vocab_size: int) -> Tokenizer:
+        """A byte-level BPE of at most `vocab_size` tokens, lossless for every text; the same input gives the same one.
+
+        It has fewer tokens when the documents repeat too little to fill it. Raises UserError when `vocab_size` leaves no
+        room for the 256 bytes and three special tokens.
+        """
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        specials = [BEGIN, END, PAD]
+        smallest = len(alphabet) + len(specials)
+        if vocab_size < smallest:
+            raise UserError(f"a byte-level BPE needs a vocabulary of at least {smallest} tokens, got {vocab_size}")
+        backend = tokenizers.Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(tokenizers.Regex(_SPLIT), behavior="isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+        backend.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
+        )
+        backend.train_from_iterator(documents, trainer)
+        return cls(backend, "bpe")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Tokenizer:
+        """Reads a tokenizer.json. Raises UserError when it is missing, unreadable, or of another form."""
+        path = Path(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise UserError(f"no tokenizer at {path}: give the path of a tokenizer.json") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read the tokenizer {path}: {error}") from None
+        try:
+            backend = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # what the library raises for a malformed file is a bare Exception
+            raise UserError(f"{path} is not a tokenizer.json: {error}") from None
+        return cls(backend, str(path))
+
+    def save(self, path: str | Path) -> None:
+        """Writes a tokenizer.json that `load`, tokenizers and transformers read."""
+        Path(path).write_text(self._backend.to_str(pretty=True), encoding="utf-8")
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text alone: no token is added before or after it."""
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text, over all cores."""
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of the ids, special tokens by their names. Bytes that are no UTF-8 become U+FFFD, unused ids nothing."""
+        return self._backend.decode([int(token) for token in ids], skip_special_tokens=False)
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id."""
+        return max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    def require_fits(self, model_vocab_size: int) -> None:
+        """Raises UserError unless a model with that many embeddings has one for every id."""
+        if self.vocab_size > model_vocab_size:
+            raise UserError(
+                f"tokenizer {self.name} has {self.vocab_size} tokens, more than the model's {model_vocab_size}: "
+                f"set ModelConfig.vocab_size to {self.vocab_size} or more"
+            )
+
+    def _find(self, names: Sequence[str], role: str) -> int:
+        ids = (self._backend.token_to_id(name) for name in names)
+        found = next((token for token in ids if token is not None), None)
+        if found is None:
+            raise UserError(f"tokenizer {self.name} has no token that {role} a text; looked for {', '.join(names)}")
+        return found

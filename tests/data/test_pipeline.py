@@ -1,0 +1,357 @@
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from llama4_jax.config import DataConfig
+from llama4_jax.data.compression import compression_baselines
+from llama4_jax.data.deduplicate import SIMILARITY, shingles, similarity
+from llama4_jax.data.pipeline import heldout_batches, prepare_corpus, train_batches
+from llama4_jax.data.sources import read_source
+from llama4_jax.errors import UserError
+from llama4_jax.processing.tokenizer import Tokenizer
+
+VOCAB = 300
+CONFIG = DataConfig(sequence_length=32, batch_size=4, heldout_fraction=0.3)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Forty documents of many lengths, and near twins of ten."""
+    folder = tmp_path_factory.mktemp("texts")
+    generator = np.random.default_rng(0)
+    for i in range(40):
+        words = [f"word{n}" for n in generator.integers(0, 5000, 5 + 3 * i)]
+        (folder / f"{i:02}.txt").write_text(" ".join(words) + f" ünïcode {i}")
+        if i >= 30:
+            (folder / f"twin{i}.txt").write_text(" ".join([*words, "at", "last"]))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def config(folder):
+    return dataclasses.replace(CONFIG, sources=(str(folder),))
+
+
+def prepare(config, cache, **kwargs):
+    return prepare_corpus(config, cache_dir=cache, progress=False, **{"vocab_size": VOCAB, "document_window": 8, **kwargs})
+
+
+@pytest.fixture(scope="module")
+def corpus(config, tmp_path_factory):
+    return prepare(config, tmp_path_factory.mktemp("cache") / "data")
+
+
+def texts_of(corpus, rows):
+    """The documents behind packed rows."""
+    documents = rows.documents
+    return [
+        corpus.tokenizer.decode(documents.ids[begin + 1 : end - 1])
+        for begin, end in zip(documents.starts[:-1], documents.starts[1:], strict=True)
+    ]
+
+
+def assert_batches_equal(a, b):
+    for field in dataclasses.fields(a):
+        np.testing.assert_array_equal(getattr(a, field.name), getattr(b, field.name))
+
+
+# ------------------------------------------------------------------------------------------------------------------------
+# prepare_corpus
+
+
+def test_each_document_is_dropped_held_out_or_trained_on(corpus, folder):
+    train, heldout = texts_of(corpus, corpus.train), texts_of(corpus, corpus.heldout)
+    every = [document.text for document in read_source(str(folder))]
+    assert set(train) | set(heldout) <= set(every)
+    assert not set(train) & set(heldout)
+    counts = corpus.counts
+    assert (counts.documents, counts.dropped_duplicates) == (50, 10)
+    assert (counts.train_documents, counts.heldout_documents) == (len(train), len(heldout))
+    assert counts.train_documents + counts.heldout_documents == 40
+    assert corpus.heldout_bytes == len("".join(heldout).encode()) == len(corpus.heldout_text())
+    assert corpus.heldout_text().decode() == "".join(heldout)
+    assert counts.train_bytes == len("".join(train).encode())
+
+
+def test_no_held_out_document_has_a_near_twin_in_training(corpus):
+    train = [shingles(text) for text in texts_of(corpus, corpus.train)]
+    for text in texts_of(corpus, corpus.heldout):
+        assert max(similarity(shingles(text), other) for other in train) < SIMILARITY
+
+
+def test_without_deduplication_twins_stay(config, tmp_path):
+    assert prepare(dataclasses.replace(config, deduplicate=False), tmp_path / "data").counts.dropped_duplicates == 0
+
+
+def test_the_tokenizer_sees_training_documents_only(tmp_path):
+    (tmp_path / "train.txt").write_text("abcdefgh " * 200)
+    (tmp_path / "heldout.txt").write_text("zyxwvuts " * 200)
+    config = dataclasses.replace(
+        CONFIG, sources=(str(tmp_path / "train.txt"),), heldout_sources=(str(tmp_path / "heldout.txt"),)
+    )
+    corpus = prepare(config, tmp_path / "data")
+    assert len(corpus.tokenizer.encode("abcdefgh")) < 8
+    assert len(corpus.tokenizer.encode("zyxwvuts")) == 8
+    assert set(corpus.train.documents.sources) == {0}
+    assert set(corpus.heldout.documents.sources) == {1}
+
+
+def test_a_twin_of_an_explicitly_held_out_document_leaves_training(config, folder, tmp_path):
+    corpus = prepare(dataclasses.replace(config, heldout_sources=(str(folder / "35.txt"),)), tmp_path / "data")
+    assert texts_of(corpus, corpus.heldout) == [(folder / "35.txt").read_text()]
+    assert corpus.counts.dropped_duplicates == 11
+    assert corpus.counts.train_documents == 39
+
+
+def test_prepared_data_are_loaded_not_made_again(config, tmp_path, monkeypatch):
+    first = prepare(config, tmp_path / "data")
+    monkeypatch.setattr(Tokenizer, "train_bpe", None)
+    second = prepare(config, tmp_path / "data")
+    assert second.fingerprint == first.fingerprint
+    assert second.counts == first.counts
+    assert_batches_equal(first.train.batch(range(len(first.train))), second.train.batch(range(len(second.train))))
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_the_same_input_gives_the_same_corpus_wherever_it_lies(config, corpus, folder, tmp_path):
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for path in folder.iterdir():
+        (moved / path.name).write_bytes(path.read_bytes())
+    other = prepare(dataclasses.replace(config, sources=(str(moved),)), tmp_path / "data")
+    assert other.fingerprint == corpus.fingerprint
+
+
+@pytest.mark.parametrize(
+    "change, kwargs, message",
+    [
+        ({"sequence_length": 64}, {}, "sequence_length was 32, now 64"),
+        ({"deduplicate": False}, {}, "deduplicate was True, now False"),
+        ({"heldout_fraction": 0.2}, {}, "heldout_fraction was 0.3, now 0.2"),
+        ({}, {"vocab_size": 310}, "vocab_size was 300, now 310"),
+        ({}, {"document_window": 16}, "document_window was 8, now 16"),
+    ],
+)
+def test_prepared_data_of_another_configuration_are_refused(config, corpus, change, kwargs, message):
+    with pytest.raises(UserError, match=message) as error:
+        prepare(dataclasses.replace(config, **change), corpus.directory, **kwargs)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("change", ["edit", "add", "remove", "rename"])
+def test_prepared_data_of_changed_sources_are_refused(config, folder, tmp_path, change):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for path in folder.iterdir():
+        (texts / path.name).write_bytes(path.read_bytes())
+    config = dataclasses.replace(config, sources=(str(texts),))
+    prepare(config, tmp_path / "data")
+    match change:
+        case "edit":
+            (texts / "05.txt").write_bytes((texts / "05.txt").read_bytes().replace(b"word1", b"word2"))
+        case "add":
+            (texts / "new.txt").write_text("new")
+        case "remove":
+            (texts / "05.txt").unlink()
+        case "rename":
+            (texts / "05.txt").rename(texts / "o5.txt")
+    with pytest.raises(UserError, match=r"made from other input: sources held .*texts \(50 documents, .*now .*texts"):
+        prepare(config, tmp_path / "data")
+
+
+def test_settings_that_do_not_touch_the_rows_may_change(config, corpus):
+    prepare(dataclasses.replace(config, batch_size=2, shuffle_seed=5), corpus.directory)
+
+
+@pytest.mark.parametrize("name", ["train_ids.npy", "heldout_plan.npy", "heldout.txt", "tokenizer.json"])
+def test_damaged_prepared_data_are_refused(config, tmp_path, name):
+    prepare(config, tmp_path / "data")
+    path = tmp_path / "data" / name
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=f"{name} is damaged"):
+        prepare(config, tmp_path / "data")
+    path.unlink()
+    with pytest.raises(UserError, match=name):
+        prepare(config, tmp_path / "data")
+
+
+@pytest.mark.parametrize("manifest", ["", "{}", "[]", "{"])
+def test_a_damaged_manifest_is_refused(config, tmp_path, manifest):
+    prepare(config, tmp_path / "data")
+    (tmp_path / "data/corpus.json").write_text(manifest)
+    with pytest.raises(UserError, match="are damaged"):
+        prepare(config, tmp_path / "data")
+
+
+def test_an_interrupted_preparation_leaves_nothing(config, tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Tokenizer, "encode_batch", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(config, tmp_path / "data")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_is_named(config, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot write the prepared data to .*file/data"):
+        prepare(config, tmp_path / "file/data")
+
+
+def test_a_folder_with_other_things_in_it_is_left_alone(config, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/precious").write_text("mine")
+    with pytest.raises(UserError, match="cannot write the prepared data"):
+        prepare(config, tmp_path / "data")
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["precious"]
+
+
+def test_bad_input_is_one_line(config, folder, tmp_path):
+    (tmp_path / "one.txt").write_text("a single document")
+    cases = {
+        "sources is empty": {"sources": ()},
+        "no data at": {"sources": ("nowhere",)},
+        "none is": {"sources": (str(tmp_path / "one.txt"),)},
+        "cannot read missing.json": {"tokenizer": "missing.json"},
+    }
+    for message, change in cases.items():
+        with pytest.raises(UserError, match=message) as error:
+            prepare(dataclasses.replace(config, **change), tmp_path / "data")
+        assert "\n" not in str(error.value)
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_given_tokenizer_must_fit_the_model_and_be_lossless(config, corpus, tmp_path):
+    given = tmp_path / "tokenizer.json"
+    corpus.tokenizer.save(given)
+    config = dataclasses.replace(config, tokenizer=str(given))
+    again = prepare(config, tmp_path / "data")
+    np.testing.assert_array_equal(again.train.documents.ids, corpus.train.documents.ids)
+    with pytest.raises(UserError, match=f"has {VOCAB} tokens, more than the model's 280"):
+        prepare(config, tmp_path / "small", vocab_size=280)
+    lossy = json.loads(given.read_text())
+    lossy["normalizer"] = {"type": "Replace", "pattern": {"String": "ü"}, "content": "u"}
+    given.write_text(json.dumps(lossy))
+    with pytest.raises(UserError, match=r"does not give back the document \d\d\.txt"):
+        prepare(config, tmp_path / "lossy")
+    with pytest.raises(UserError, match=r"tokenizer was .*, now"):
+        prepare(config, tmp_path / "data")
+
+
+# ------------------------------------------------------------------------------------------------------------------------
+# Batches
+
+
+def take(batches, count):
+    return [next(batches) for _ in range(count)]
+
+
+def rows_of(batches):
+    return [
+        row.tobytes() for batch in batches for row in np.concatenate([batch.tokens, batch.targets, batch.segment_ids], axis=1)
+    ]
+
+
+def test_each_epoch_holds_every_row_once_in_another_order(corpus, config):
+    config = dataclasses.replace(config, batch_size=1)
+    size = len(corpus.train)
+    batches = train_batches(corpus, config)
+    first, second = rows_of(take(batches, size)), rows_of(take(batches, size))
+    assert sorted(first) == sorted(second) == sorted(rows_of([corpus.train.batch(range(size))]))
+    assert first != second
+    assert batches.epochs == 2
+    assert first != rows_of(take(train_batches(corpus, dataclasses.replace(config, shuffle_seed=1)), size))
+
+
+def test_a_batch_larger_than_the_corpus_repeats_it(corpus, config):
+    size = len(corpus.train)
+    batch = next(train_batches(corpus, dataclasses.replace(config, batch_size=2 * size)))
+    assert len(set(rows_of([batch]))) == size
+
+
+def test_training_batches_keep_their_form_and_promise(corpus, config):
+    for batch in take(train_batches(corpus, config), 20):
+        assert batch.document_window == 8
+        assert {array.shape for array in (batch.tokens, batch.targets, batch.loss_weights, batch.source_ids)} == {(4, 32)}
+        assert batch.tokens.dtype == batch.targets.dtype == batch.positions.dtype == batch.segment_ids.dtype == np.int32
+        assert batch.loss_weights.dtype == np.float32
+        assert batch.tokens.max() < corpus.tokenizer.vocab_size
+
+
+@pytest.mark.parametrize("steps", [0, 1, 7, 30])
+def test_a_resumed_iterator_goes_on_with_the_exact_next_batch(corpus, config, steps):
+    unbroken = train_batches(corpus, config)
+    take(unbroken, steps)
+    state = json.loads(json.dumps(unbroken.get_state()))
+    assert state["step"] == steps  # of the batch handed out, not of the prefetcher
+    resumed = train_batches(corpus, config)
+    next(resumed)
+    resumed.set_state(state)
+    for expected, actual in zip(take(unbroken, 10), take(resumed, 10), strict=True):
+        assert_batches_equal(expected, actual)
+    assert resumed.step == steps + 10
+
+
+def test_processes_share_each_global_batch_and_may_change_in_number(corpus, config):
+    def parts(count):
+        return [train_batches(corpus, config, process_index=i, process_count=count) for i in range(count)]
+
+    def global_rows(iterators, steps):
+        return [rows_of(next(iterator) for iterator in iterators) for _ in range(steps)]
+
+    expected = global_rows(parts(1), 12)
+    two = parts(2)
+    assert global_rows(two, 5) == expected[:5]
+    four = parts(4)
+    for iterator in four:
+        iterator.set_state(two[1].get_state())
+    assert global_rows(four, 7) == expected[5:]
+
+
+def test_a_batch_that_the_processes_cannot_share_is_refused(corpus, config):
+    with pytest.raises(UserError, match="batch_size=4 must be a multiple of the 3 processes"):
+        train_batches(corpus, config, process_count=3)
+
+
+@pytest.mark.parametrize(
+    "change, message", [({"shuffle_seed": 3}, "shuffle_seed was 0, now 3"), ({"batch_size": 8}, "batch_size was 4, now 8")]
+)
+def test_the_state_of_another_stream_is_refused(corpus, config, change, message):
+    state = train_batches(corpus, config).get_state()
+    with pytest.raises(UserError, match=message):
+        train_batches(corpus, dataclasses.replace(config, **change)).set_state(state)
+
+
+def test_the_state_of_another_corpus_is_refused(corpus, config, tmp_path):
+    other = prepare(dataclasses.replace(config, heldout_fraction=0.2), tmp_path / "data")
+    with pytest.raises(UserError, match="corpus was"):
+        train_batches(other, config).set_state(train_batches(corpus, config).get_state())
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 64])
+def test_held_out_batches_predict_every_token_once_in_one_shape(corpus, config, batch_size):
+    batches = list(heldout_batches(corpus, dataclasses.replace(config, batch_size=batch_size)))
+    assert {batch.tokens.shape for batch in batches} == {(batch_size, 32)}
+    predictions = sum(batch.loss_weights.sum() for batch in batches)
+    assert predictions == corpus.counts.heldout_tokens - corpus.counts.heldout_documents
+    rows = [row for batch in batches for row in batch.segment_ids if row.any()]
+    assert len(rows) == len(corpus.heldout)
+
+
+def test_processes_share_held_out_batches(corpus, config):
+    whole = list(heldout_batches(corpus, config))
+    halves = [list(heldout_batches(corpus, config, process_index=i, process_count=2)) for i in range(2)]
+    for batch, *parts in zip(whole, *halves, strict=True):
+        np.testing.assert_array_equal(batch.tokens, np.concatenate([part.tokens for part in parts]))
+
+
+def test_compressors_are_measured_in_bits_per_byte():
+    noise = np.random.default_rng(0).bytes(10_000)
+    assert 8 <= compression_baselines(noise)["gzip"] < 8.1
+    assert 8 <= compression_baselines(noise)["xz"] < 8.2
+    assert compression_baselines(b"a" * 100_000)["gzip"] < 0.02
