@@ -56,7 +56,9 @@ class RunCheckpoints:
         self._saving: int | None = None
         self._manager = ocp.CheckpointManager(
             self.folder,
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True),
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True
+            ),
             item_handlers={
                 "state": ocp.StandardCheckpointHandler(),
                 "data": ocp.JsonCheckpointHandler(),
@@ -76,9 +78,15 @@ class RunCheckpoints:
         needed = sum(x.nbytes for x in jax.tree.leaves(state))
         free = shutil.disk_usage(self.folder).free
         if free < needed:
-            raise UserError(f"no room for the checkpoint of step {step}: it needs {needed:,} bytes and {self.folder} has {free:,}")
+            raise UserError(
+                f"no room for the checkpoint of step {step}: it needs {needed:,} bytes and {self.folder} has {free:,}"
+            )
         self._saving = step
-        items = {"state": ocp.args.StandardSave(_flat(state)), "data": ocp.args.JsonSave(data), "fingerprint": ocp.args.JsonSave(fingerprint)}
+        items = {
+            "state": ocp.args.StandardSave(_flat(state)),
+            "data": ocp.args.JsonSave(data),
+            "fingerprint": ocp.args.JsonSave(fingerprint),
+        }
         try:
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
         except (OSError, ValueError) as error:
@@ -119,7 +127,11 @@ class RunCheckpoints:
                 self._set_aside(step, "damaged", error)
                 continue
             _require_same_arrays(dict(saved), _flat(target), self.folder / str(step))
-            items = {"state": ocp.args.StandardRestore(_flat(target)), "data": ocp.args.JsonRestore(), "fingerprint": ocp.args.JsonRestore()}
+            items = {
+                "state": ocp.args.StandardRestore(_flat(target)),
+                "data": ocp.args.JsonRestore(),
+                "fingerprint": ocp.args.JsonRestore(),
+            }
             try:
                 items = self._manager.restore(step, args=ocp.args.Composite(**items))
             except Exception as error:
@@ -160,7 +172,10 @@ _SET_ASIDE = re.compile(r"\d+\.(incomplete|damaged)-\d+")
 
 def _is_complete(folder: Path) -> bool:
     """Whether a step's folder holds all that Orbax puts there. (Its files' contents are not verified.)"""
-    return all((folder / name).exists() for name in ("_CHECKPOINT_METADATA", "state/_METADATA", "data/metadata", "fingerprint/metadata"))
+    return all(
+        (folder / name).exists()
+        for name in ("_CHECKPOINT_METADATA", "state/_METADATA", "data/metadata", "fingerprint/metadata")
+    )
 
 
 def _flat(tree: PyTree) -> dict[str, Any]:

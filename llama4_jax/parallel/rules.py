@@ -42,6 +42,8 @@ RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("embed", ("fsdp", "expert")),
     ("embed", ("fsdp",)),
     ("head_dim", ()),
+    ("router_experts", ()),
+    ("norm", ()),
     ("layers", ()),
 )
 

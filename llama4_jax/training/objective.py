@@ -7,6 +7,7 @@ from jaxtyping import Array, Float
 
 from llama4_jax.config import ObjectiveConfig
 from llama4_jax.data.batch import Batch
+from llama4_jax.evaluation.forward import apply_to_batch
 
 PyTree = Any
 Metrics = dict[str, Array]
@@ -51,16 +52,3 @@ def cross_entropy_objective(model, config: ObjectiveConfig) -> Objective:
         return loss, metrics | {"loss": loss}
 
     return objective
-
-
-def apply_to_batch(model, params: PyTree, batch: Batch):
-    """The model's Output for a batch, log-probabilities of its targets included."""
-    return model.apply(
-        {"params": params},
-        batch.tokens,
-        positions=batch.positions,
-        segment_ids=batch.segment_ids,
-        images=batch.images,
-        targets=batch.targets,
-        document_window=batch.document_window,
-    )

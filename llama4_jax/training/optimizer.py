@@ -34,8 +34,11 @@ def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.S
 
 def decays(params: PyTree) -> PyTree:
     """True for each parameter that weight decay reaches: the matrices of projections, router, experts and output."""
-    path_of = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
-    return jax.tree_util.tree_map_with_path(lambda path, _: UNDECAYED.search(path_of(path)) is None, params)
+
+    def decays_at(path, _):
+        return UNDECAYED.search(jax.tree_util.keystr(path, simple=True, separator="/")) is None
+
+    return jax.tree_util.tree_map_with_path(decays_at, params)
 
 
 def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
