@@ -40,7 +40,7 @@ def print_summary(result, workdir: str) -> None:
         print(f"{workdir} holds a finished run of {result.step} steps; nothing to do (raise --config.steps to go on)")
     for name, values in result.evaluations.items():
         if "bits_per_byte" in values:
-            compressors = "".join(f"; {other} {bits:.3f}" for other, bits in result.baselines.items())
+            compressors = "".join(f"; {other} -9 {bits:.3f}" for other, bits in result.baselines.items())
             print(f"{name}: {values['bits_per_byte']:.3f} bits a byte of held-out text{compressors}")
     print(f"checkpoints, metrics.jsonl, loss.png and expert_load.png are in {workdir}")
 

@@ -13,7 +13,8 @@ from jax.sharding import Mesh
 
 from llama4_jax.checkpoints.run_checkpoints import RunCheckpoints
 from llama4_jax.config import Experiment, validated
-from llama4_jax.data.pipeline import compression_baselines, heldout_batches, prepare_corpus, train_batches
+from llama4_jax.data.compression import compression_baselines
+from llama4_jax.data.pipeline import heldout_batches, prepare_corpus, train_batches
 from llama4_jax.errors import UserError
 from llama4_jax.evaluation import EVALUATIONS, Evaluate, EvaluationContext, require_known
 from llama4_jax.model.llama4 import Llama4
@@ -102,7 +103,7 @@ class _Sitting:
             cache_dir=run.folder / "corpus",
             progress=progress,
         )
-        self.batches = train_batches(self.corpus, experiment.data, jax.process_index(), jax.process_count())
+        self.batches = train_batches(self.corpus, experiment.data, **_this_process())
         self.fingerprint = {"settings": fixed_settings(run.settings), "corpus": self.corpus.fingerprint}
         self.state = self._restore() or create_state(
             self.model, self.optimizer, experiment.optimizer.trainable, mesh, experiment.seed
@@ -125,7 +126,7 @@ class _Sitting:
     def _make_evaluations(self) -> dict[str, Evaluate]:
         if not self.experiment.evaluations:
             return {}
-        batches = list(heldout_batches(self.corpus, self.experiment.data))
+        batches = list(heldout_batches(self.corpus, self.experiment.data, **_this_process()))
         return {
             name: EVALUATIONS[config.function](EvaluationContext(self.model, self.mesh, self.corpus, batches, config))
             for name, config in self.experiment.evaluations.items()
@@ -220,6 +221,10 @@ class _Sitting:
         if self.saved_step != self.step:
             self.checkpoints.save(self.step, self.state, self.batches.get_state(), self.fingerprint)
             self.saved_step = self.step
+
+
+def _this_process() -> dict[str, int]:
+    return {"process_index": jax.process_index(), "process_count": jax.process_count()}
 
 
 class _Timer:

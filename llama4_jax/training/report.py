@@ -10,7 +10,7 @@ def write_report(records: list[dict[str, Any]], folder: Path, baselines: dict[st
     Args:
         records: the lines of metrics.jsonl.
         folder: where the pictures go.
-        baselines: bits per byte of other compressors on the held-out text, drawn beside the model's.
+        baselines: bits per byte of gzip -9 and xz -9 on the held-out text, drawn beside the model's.
     """
     steps = [record for record in records if "loss" in record]
     if steps:
@@ -32,7 +32,7 @@ def _draw_loss(steps, evaluations, path: Path, baselines: dict[str, float]) -> N
         label = f"{name}: {own[-1]['bits_per_byte']:.3f}"
         right.plot([r["step"] for r in own], [r["bits_per_byte"] for r in own], marker="o", markersize=3, label=label)
     for (name, value), style in zip(baselines.items(), ("--", ":", "-."), strict=False):
-        right.axhline(value, color="gray", linestyle=style, linewidth=1, label=f"{name}: {value:.3f}")
+        right.axhline(value, color="gray", linestyle=style, linewidth=1, label=f"{name} -9: {value:.3f}")
     right.set(title="Held-out text", xlabel="step", ylabel="bits a byte")
     right.grid(alpha=0.3)
     if right.get_legend_handles_labels()[0]:

@@ -63,8 +63,11 @@ def shardings_of(state: TrainState) -> TrainState:
 def create_state(model, optimizer: optax.GradientTransformation, trainable: str, mesh: Mesh, seed: int) -> TrainState:
     """The state before the first step, each shard made where it lives."""
     shardings = shardings_of(abstract_state(model, optimizer, trainable, mesh))
+    # XLA:CPU would spend seconds on optimising random numbers that are drawn once; at this level they run as fast.
+    options = {"xla_backend_optimization_level": 1} if mesh.devices.flat[0].platform == "cpu" else {}
     with use_mesh(mesh):
-        return jax.jit(_initializer(model, optimizer, trainable), out_shardings=shardings)(jax.random.key(seed))
+        initialize = jax.jit(_initializer(model, optimizer, trainable), out_shardings=shardings, compiler_options=options)
+        return initialize(jax.random.key(seed))
 
 
 def _initializer(model, optimizer, trainable: str):
