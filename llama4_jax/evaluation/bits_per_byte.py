@@ -1,0 +1,34 @@
+"""Bits per byte: how many bits the model needs for a byte of held-out text, whatever its tokenizer."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llama4_jax.evaluation.forward import apply_to_batch
+from llama4_jax.parallel.rules import put_batch
+
+
+def bits_per_byte(context):
+    """Makes `evaluate(params) -> {"bits_per_byte", "nats_per_token"}` over the context's batches.
+
+    Bits per byte are the sum of -log2 p over all held-out tokens, divided by the UTF-8 bytes of the held-out text. Over
+    the first `max_batches` alone, it is estimated with the bytes that a token holds on average.
+    """
+    batches = context.batches[: context.config.max_batches]
+    tokens_of_all = sum(np.sum(batch.loss_weights > 0) for batch in context.batches)
+    bytes_per_token = context.corpus.heldout_bytes / tokens_of_all
+
+    @jax.jit
+    def nats_and_tokens(params, batch):
+        counted = batch.loss_weights > 0
+        log_probs = apply_to_batch(context.model, params, batch).log_probs
+        return jnp.array([-jnp.sum(jnp.where(counted, log_probs, 0.0)), jnp.sum(counted)])
+
+    def evaluate(params) -> dict[str, float]:
+        sums = [nats_and_tokens(params, put_batch(batch, context.mesh)) for batch in batches]
+        nats, tokens = np.sum(np.asarray(jax.device_get(sums), np.float64), axis=0)
+        return {"bits_per_byte": nats / math.log(2) / (tokens * bytes_per_token), "nats_per_token": nats / tokens}
+
+    return evaluate

@@ -1,0 +1,34 @@
+"""The device mesh: six named axes, of which any may have size 1."""
+
+import math
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+from llama4_jax.config import MeshConfig
+from llama4_jax.errors import UserError
+
+AXES = ("dcn_data", "data", "fsdp", "context", "expert", "tensor")  # outermost first: the slow network, then ever closer
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh that `config` describes over `devices` (all devices of the job when None).
+
+    Its axes are of type Auto: the compiler propagates shardings between the places where the model constrains them.
+    (jax.make_mesh would make them Explicit, under which a contraction over a sharded dimension is an error.)
+
+    Raises:
+        UserError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = {axis: getattr(config, axis) for axis in AXES}
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    written = " x ".join(f"{axis}={size}" for axis, size in sizes.items() if size != 1) or "data=1"
+    free = [axis for axis, size in sizes.items() if size == -1]
+    if free and len(devices) % fixed == 0:
+        sizes[free[0]] = len(devices) // fixed
+    elif free or fixed != len(devices):
+        hint = f"the sizes must divide {len(devices)}" if free else f"make one axis -1, such as data, or have {fixed} devices"
+        raise UserError(f"mesh {written} does not fit {len(devices)} device(s): {hint}")
+    return jax.make_mesh(tuple(sizes.values()), AXES, (AxisType.Auto,) * len(AXES), devices=devices)

@@ -1,0 +1,129 @@
+"""Where every dimension of every array lives: the one table from logical axes to mesh axes.
+
+The model names dimensions by what they are (`embed`, `heads`, `batch`); this table alone says which mesh axes split them.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from llama4_jax.config import DataConfig
+from llama4_jax.data.batch import Batch
+from llama4_jax.errors import UserError
+
+PyTree = Any
+
+# In order of preference. The first rule of a logical axis whose mesh axes are still free in that array (and, for weights,
+# divide the dimension) applies. A dense weight is so split over two of its dimensions, fsdp on one and expert (with
+# tensor) on the other, which keeps the shards of large meshes multiples of 128; an expert weight spends `expert` on its
+# experts. The minor place of `expert` lets it be gathered while `tensor` stays split.
+RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
+    # Activations
+    ("batch", ("dcn_data", "data", "fsdp", "expert")),
+    ("seq", ("context",)),
+    ("act_heads", ("tensor",)),
+    ("act_embed", ()),
+    # Weights
+    ("experts", ("expert",)),
+    ("heads", ("tensor", "expert")),
+    ("heads", ("tensor",)),
+    ("kv_heads", ("tensor", "expert")),
+    ("kv_heads", ("tensor",)),
+    ("ffn", ("tensor", "expert")),
+    ("ffn", ("tensor",)),
+    ("vocab", ("tensor", "expert")),
+    ("vocab", ("tensor",)),
+    ("embed", ("fsdp", "expert")),
+    ("embed", ("fsdp",)),
+    ("head_dim", ()),
+    ("router_experts", ()),
+    ("norm", ()),
+    ("layers", ()),
+)
+
+
+@contextlib.contextmanager
+def use_mesh(mesh: Mesh) -> Iterator[None]:
+    """Inside, the model's logical constraints bind to `mesh` by the table."""
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+        yield
+
+
+def named_shardings(params: PyTree, logical_axes: PyTree, mesh: Mesh) -> PyTree:
+    """The sharding of each parameter.
+
+    Args:
+        params: arrays or ShapeDtypeStructs.
+        logical_axes: the same tree of PartitionSpecs that hold logical names, as `model.logical_axes` gives.
+        mesh: of `make_mesh`.
+
+    Raises:
+        UserError: no rule of some dimension divides it.
+    """
+
+    def one(path, param, logical):
+        return NamedSharding(
+            mesh, _partition(jax.tree_util.keystr(path, simple=True, separator="/"), param.shape, logical, mesh)
+        )
+
+    return jax.tree_util.tree_map_with_path(one, params, logical_axes)
+
+
+def _partition(path: str, shape: tuple[int, ...], logical: P, mesh: Mesh) -> P:
+    names = tuple(logical) + (None,) * (len(shape) - len(logical))
+    chosen: list[tuple[str, ...] | None] = [None] * len(shape)
+    refused: dict[int, tuple[str, ...]] = {}
+    for name, axes in RULES:
+        taken = {axis for axes_ in chosen for axis in axes_ or ()}
+        if name not in names or taken.intersection(axes):
+            continue
+        i = names.index(name)
+        if chosen[i] is not None:
+            continue
+        if shape[i] % math.prod(mesh.shape[axis] for axis in axes):
+            refused[i] = axes
+        else:
+            chosen[i] = axes
+    unknown = set(names) - {name for name, _ in RULES} - {None}
+    if unknown:
+        raise ValueError(f"parameter {path}: no rule for logical axes {sorted(unknown)}")
+    for i, axes in refused.items():
+        if chosen[i] is None:
+            sizes = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in axes)
+            raise UserError(
+                f"parameter {path}: dimension {i} ({names[i]}, {shape[i]}) is not a multiple of the mesh's {sizes}; "
+                f"change the mesh or the model"
+            )
+    return P(*(axes or None for axes in chosen))
+
+
+BATCH_AXES = dict(RULES)["batch"]
+
+
+def check_batch(config: DataConfig, mesh: Mesh) -> None:
+    """Raises UserError unless rows divide over the mesh's batch axes and positions over `context`."""
+    rows, positions = math.prod(mesh.shape[axis] for axis in BATCH_AXES), mesh.shape["context"]
+    if config.batch_size % rows:
+        sizes = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in BATCH_AXES if mesh.shape[axis] > 1)
+        raise UserError(f"DataConfig.batch_size={config.batch_size} is not a multiple of the mesh's {sizes}")
+    if config.sequence_length % positions:
+        raise UserError(
+            f"DataConfig.sequence_length={config.sequence_length} is not a multiple of the mesh's context={positions}"
+        )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Of every [B, T] array of a Batch."""
+    return NamedSharding(mesh, P(BATCH_AXES, "context"))
+
+
+def put_batch(batch: Batch, mesh: Mesh) -> Batch:
+    """The global batch on the mesh, of which this process gives its own rows as NumPy arrays."""
+    rows, images = batch_sharding(mesh), NamedSharding(mesh, P(BATCH_AXES))
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows if x.ndim == 2 else images, x), batch)

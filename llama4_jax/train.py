@@ -1,0 +1,59 @@
+r"""Trains a Llama 4 as an experiment's file describes.
+
+    python -m llama4_jax.train --config=experiments/quickstart.py --workdir=/tmp/run --config.optimizer.learning_rate=3e-4
+
+Run again with the same --workdir, it goes on where it was. Exit status: 0 finished, 42 stopped by SIGTERM or Ctrl-C with
+everything saved (start again to go on), 2 bad input.
+"""
+
+from absl import flags
+
+from llama4_jax import app
+
+_CONFIG = flags.DEFINE_string(
+    "config", None, "Python file whose get_config() returns an Experiment; override fields by --config.FIELD=VALUE"
+)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "folder of the run: checkpoints, metrics.jsonl, pictures; an interrupted run resumes from it"
+)
+_PROMPT = flags.DEFINE_string("prompt", "import ", "text that the trained model continues at the end")
+
+
+def main(overrides: dict[str, str]) -> int:
+    if _CONFIG.value is None or _WORKDIR.value is None:
+        raise app.UserError("--config=FILE and --workdir=DIR are both needed")
+    experiment = app.load_experiment(_CONFIG.value, overrides)
+    from llama4_jax.training.loop import train  # after the flags: a misspelt one answers at once
+
+    result = train(experiment, _WORKDIR.value)
+    if result.status == "stopped":
+        return app.PREEMPTED
+    print_summary(result, _WORKDIR.value)
+    if result.status == "finished":
+        print_sample(result, _PROMPT.value, experiment.seed)
+    return 0
+
+
+def print_summary(result, workdir: str) -> None:
+    """Held-out bits per byte beside the compressors'."""
+    if result.status == "already finished":
+        print(f"{workdir} holds a finished run of {result.step} steps; nothing to do (raise --config.steps to go on)")
+    for name, values in result.evaluations.items():
+        if "bits_per_byte" in values:
+            compressors = "".join(f"; {other} -9 {bits:.3f}" for other, bits in result.baselines.items())
+            print(f"{name}: {values['bits_per_byte']:.3f} bits a byte of held-out text{compressors}")
+    print(f"checkpoints, metrics.jsonl, loss.png and expert_load.png are in {workdir}")
+
+
+def print_sample(result, prompt: str, seed: int) -> None:
+    """A continuation by the trained model."""
+    from llama4_jax.inference.sampling import generate_text
+
+    text = generate_text(
+        result.model, result.state.params, result.corpus.tokenizer, prompt, max_new_tokens=96, temperature=0.7, seed=seed
+    )
+    print(f"--- a sample, from the prompt {prompt!r}\n{text}")
+
+
+if __name__ == "__main__":
+    app.run(main)

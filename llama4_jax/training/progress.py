@@ -1,0 +1,42 @@
+"""The live line of a training run."""
+
+import sys
+
+from tqdm import tqdm
+
+
+class Progress:
+    """On a terminal, a bar that is redrawn at every step; elsewhere, a plain line at every logged step."""
+
+    def __init__(self, *, start: int, total: int, enabled: bool):
+        live = enabled and sys.stderr.isatty()
+        self._lines = enabled and not live
+        self._bar = tqdm(total=total, initial=start, disable=not live, unit="step", dynamic_ncols=True, file=sys.stderr)
+        self._total = total
+
+    def step(self) -> None:
+        self._bar.update()
+
+    def show(self, record: dict) -> None:
+        """`record` is a line of metrics.jsonl."""
+        text = describe(record)
+        self._bar.set_postfix_str(text, refresh=False)
+        if self._lines:
+            left = tqdm.format_interval((self._total - record["step"]) * record["step_seconds"])
+            print(f"step {record['step']}/{self._total}: {text}, {left} left", file=sys.stderr, flush=True)
+
+    def say(self, text: str) -> None:
+        """A line of its own, above the bar."""
+        if self._lines or not self._bar.disable:
+            self._bar.write(text, file=sys.stderr)
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+def describe(record: dict) -> str:
+    """Loss, speed and balance in words."""
+    parts = [f"loss {record['loss']:.3f}", f"{record['tokens_per_second']:,.0f} tokens/s", f"MFU {record['mfu']:.1%}"]
+    if load := record.get("expert_load"):
+        parts.append(f"busiest expert {max(max(layer) * len(layer) for layer in load):.2f}x the mean")
+    return ", ".join(parts)

@@ -1,0 +1,54 @@
+"""One update of the parameters."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from llama4_jax.data.batch import Batch
+from llama4_jax.training.objective import Metrics, Objective
+from llama4_jax.training.state import TrainState, shardings_of
+from llama4_jax.training.trainable import merge, split
+
+PyTree = Any
+TrainStep = Callable[..., tuple[TrainState, Metrics]]
+
+
+def make_train_step(
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    *,
+    state: TrainState,
+    mesh: Mesh,
+    seed: int,
+) -> TrainStep:
+    """The compiled `train_step(state, batch, frozen=None) -> (next state, metrics)`; call it inside `use_mesh(mesh)`.
+
+    The state given is used up: its buffers become the next state's. Gradients exist only for the parameters that train.
+    Metrics are the objective's, grad_norm (before clipping) and learning_rate, replicated.
+
+    Args:
+        objective: see `Objective`.
+        optimizer: of `make_optimizer`.
+        schedule: the optimizer's, for the metrics.
+        state: a state, or an abstract one, from which shardings are read.
+        mesh: of `make_mesh`.
+        seed: random keys are a function of this and the step.
+    """
+
+    def train_step(state: TrainState, batch: Batch, frozen: PyTree = None) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        trained, fixed = split(state.params, state.trainable)
+        gradients, metrics = jax.grad(lambda p: objective(merge(p, fixed), batch, key, frozen), has_aux=True)(trained)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
+        params = merge(optax.apply_updates(trained, updates), fixed)
+        metrics |= {"grad_norm": optax.global_norm(gradients), "learning_rate": jnp.float32(schedule(state.step))}
+        return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+
+    replicated = NamedSharding(mesh, P())
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings_of(state), replicated))

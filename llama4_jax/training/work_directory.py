@@ -1,0 +1,112 @@
+"""The folder of one run: experiment.json, metrics.jsonl, checkpoints/, and what is drawn from them."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from llama4_jax.config import Experiment
+from llama4_jax.errors import UserError
+
+# Fields that may differ between two sittings of one run. They change when things happen or where, not what is trained.
+# (Another number of steps moves the end of the learning rate's decay.)
+CHANGEABLE = ("steps", "log_every", "checkpoint", "evaluations", "mesh", "execution")
+
+
+def flatten_experiment(experiment: Experiment) -> dict[str, Any]:
+    """Every setting by its dotted name, such as optimizer.learning_rate; tuples become lists, as JSON has them."""
+    flat = {}
+
+    def visit(prefix, value):
+        if isinstance(value, dict) and value:
+            for name, inner in value.items():
+                visit(f"{prefix}.{name}" if prefix else name, inner)
+        else:
+            flat[prefix] = list(value) if isinstance(value, tuple) else value
+
+    visit("", dataclasses.asdict(experiment))
+    return flat
+
+
+def fixed_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that make a run the run it is."""
+    return {name: value for name, value in settings.items() if name.split(".")[0] not in CHANGEABLE}
+
+
+class WorkDirectory:
+    """A run's folder, made or taken up again."""
+
+    def __init__(self, folder: str | Path, experiment: Experiment):
+        """Writes experiment.json, or compares it.
+
+        Raises:
+            UserError: the folder cannot be written, or belongs to another experiment.
+        """
+        self.folder = Path(folder).absolute()
+        self.checkpoints = self.folder / "checkpoints"
+        self.metrics_file = self.folder / "metrics.jsonl"
+        self.settings = flatten_experiment(experiment)
+        saved = self._read_settings()
+        if saved is not None:
+            require_same_experiment(saved, self.settings, self.folder)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _write_whole(self.folder / "experiment.json", json.dumps(self.settings, indent=2) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write to work directory {self.folder}: {error.strerror}") from error
+
+    def _read_settings(self) -> dict[str, Any] | None:
+        path = self.folder / "experiment.json"
+        try:
+            return json.loads(path.read_text())
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read {path}: {error}; choose another --workdir") from error
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl. A last line that was cut short is left out."""
+        if not self.metrics_file.exists():
+            return []
+        records = []
+        for line in self.metrics_file.read_text().splitlines():
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                break
+        return records
+
+    def forget_metrics_after(self, step: int) -> None:
+        """Drops the lines of steps that will be run again."""
+        kept = [record for record in self.read_metrics() if record["step"] <= step]
+        _write_whole(self.metrics_file, "".join(json.dumps(record) + "\n" for record in kept))
+
+    def append_metrics(self, record: dict[str, Any]) -> None:
+        """Adds a line. Raises UserError when the disk refuses it."""
+        try:
+            with self.metrics_file.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {self.metrics_file}: {error.strerror}") from error
+
+
+def require_same_experiment(saved: dict[str, Any], settings: dict[str, Any], folder: Path) -> None:
+    """Raises UserError that names the settings that differ, and both values."""
+    missing = object()
+    saved, settings = fixed_settings(saved), fixed_settings(settings)
+    differences = [
+        f"{name} is {saved.get(name, 'absent')!r} there and {settings.get(name, 'absent')!r} here"
+        for name in sorted(saved.keys() | settings.keys())
+        if saved.get(name, missing) != settings.get(name, missing)
+    ]
+    if differences:
+        shown = "; ".join(differences[:4]) + (f"; and {len(differences) - 4} more" if len(differences) > 4 else "")
+        raise UserError(f"work directory {folder} belongs to another experiment: {shown}. Choose another --workdir")
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """A reader sees the old file or the new one, never a part."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
