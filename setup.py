@@ -19,7 +19,6 @@ setup(
         "grain>=0.2.18,<0.3",
         "numpy>=2.0",
         "absl-py>=2.1",
-        "ml_collections>=1.1",
         "jaxtyping>=0.3",
         "tokenizers>=0.21",
         "safetensors>=0.5",

@@ -1,0 +1,37 @@
+"""A small Llama 4 on the text that every Python carries. The main job of ./launch/quickstart.sh.
+
+A mixture of 8 experts with a shared one, three RoPE layers with chunks of 256 and one NoPE layer, byte-level BPE.
+
+Command to run:
+
+    python -m llama4_jax.train --config=experiments/quickstart.py --workdir=runs/quickstart
+"""
+
+from llama4_jax import config as c
+
+
+def get_config() -> c.Experiment:
+    return c.Experiment(
+        model=c.ModelConfig(
+            vocab_size=4096,
+            hidden_size=192,
+            num_layers=4,
+            num_heads=6,
+            num_kv_heads=2,
+            head_dim=32,
+            num_experts=8,
+            expert_ffn_size=384,
+            attention_chunk_size=256,
+            initializer_range=0.02,
+            max_position_embeddings=8192,
+            bos_token_id=0,
+            eos_token_ids=(1,),
+            pad_token_id=2,
+        ),
+        data=c.DataConfig(sources=("python:stdlib",), heldout_fraction=0.1, sequence_length=512, batch_size=4),
+        optimizer=c.OptimizerConfig(learning_rate=3e-3, warmup_steps=50),
+        evaluations={"heldout": c.EvaluationConfig("bits_per_byte", every=400)},
+        checkpoint=c.CheckpointConfig(every=200),
+        steps=800,
+        log_every=10,
+    )
