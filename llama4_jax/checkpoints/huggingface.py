@@ -284,12 +284,12 @@ def _read_params(stored: dict[str, _Stored], tensors: list[_Tensor], abstract: d
                 bar.update(array.nbytes)
                 del array  # before the next one is read
             *folders, name = path
-            functools.reduce(lambda tree, key: tree.setdefault(key, {}), folders, params)[name] = jnp.asarray(leaf)
+            functools.reduce(lambda tree, key: tree.setdefault(key, {}), folders, params)[name] = jax.device_put(leaf)
     return params
 
 
 def _aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """An array at an address that JAX's CPU backend can take over without a copy."""
+    """An array at an address that lets device_put on CPU take it over without a copy."""
     dtype, alignment = jnp.dtype(dtype), 64
     nbytes = int(np.prod(shape)) * dtype.itemsize
     buffer = np.empty(nbytes + alignment, np.uint8)
