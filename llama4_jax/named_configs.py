@@ -62,7 +62,9 @@ def named_config(name: str) -> ModelConfig:
     if name in _BY_NAME:
         return _BY_NAME[name].make()
     near = difflib.get_close_matches(name, _BY_NAME, n=3, cutoff=0.4)
-    raise UserError(f"no configuration is called {name!r}; {'did you mean' if near else 'there are'} {', '.join(near or _BY_NAME)}")
+    raise UserError(
+        f"no configuration is called {name!r}; {'did you mean' if near else 'there are'} {', '.join(near or _BY_NAME)}"
+    )
 
 
 def list_named_configs() -> list[NamedConfig]:

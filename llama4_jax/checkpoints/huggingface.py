@@ -182,7 +182,9 @@ class _Stored:
 
     def __post_init__(self):
         if self._header.get_dtype() not in _DTYPES:
-            raise UserError(f"{self.path}: tensor {self.name} is {self._header.get_dtype()}; only {', '.join(_DTYPES)} can be read")
+            raise UserError(
+                f"{self.path}: tensor {self.name} is {self._header.get_dtype()}; only {', '.join(_DTYPES)} can be read"
+            )
 
     @property
     def _header(self):
@@ -398,7 +400,9 @@ def _check_params(config: ModelConfig, params: dict) -> dict[tuple[str, ...], An
         if path not in wanted:
             raise UserError(f"parameter {name} has no place in the configuration's model")
         if found[path].shape != wanted[path].shape:
-            raise UserError(f"parameter {name} has shape {found[path].shape}, but the configuration makes it {wanted[path].shape}")
+            raise UserError(
+                f"parameter {name} has shape {found[path].shape}, but the configuration makes it {wanted[path].shape}"
+            )
         if jnp.dtype(found[path].dtype) not in [jnp.dtype(dtype) for dtype in _DTYPES.values()]:
             raise UserError(f"parameter {name} is {found[path].dtype}; only float32, float16 and bfloat16 can be written")
     return found

@@ -36,7 +36,7 @@ class _Keys:
     def __init__(self, values: Any, where: str):
         self.where = where
         if not isinstance(values, Mapping):
-            raise UserError(f"{where.rstrip(' .')} must hold a JSON object, got {type(values).__name__}")
+            raise UserError(f"{where.rstrip(' .:')} must hold a JSON object, got {type(values).__name__}")
         self.values = values
 
     def has(self, key: str) -> bool:
@@ -180,7 +180,9 @@ def _read_rope(keys: _Keys, default_theta: float) -> tuple[float, RopeScaling | 
         return theta, None
     if kind != "llama3":
         rope.fail("rope_type", f"is {kind!r}, but only default and llama3 are supported")
-    numbers = {key: float for key in ("factor", "low_freq_factor", "high_freq_factor")} | {"original_max_position_embeddings": int}
+    numbers = {key: float for key in ("factor", "low_freq_factor", "high_freq_factor")} | {
+        "original_max_position_embeddings": int
+    }
     for key in numbers:
         if not rope.has(key):
             rope.fail(key, "is missing: llama3 scaling needs it")
@@ -251,9 +253,14 @@ def _read_vision(keys: _Keys) -> VisionConfig:
     width = keys.get("hidden_size", 768, int)
     mlp = keys.get("intermediate_size", 5632, int)
     ratio = keys.get("pixel_shuffle_ratio", 0.5, float)
-    if ratio <= 0 or mlp != round(width / ratio**2):
+    if ratio <= 0:
+        keys.fail("pixel_shuffle_ratio", f"must be positive, got {ratio}")
+    if mlp != round(width / ratio**2):
         # transformers takes intermediate_size for the width after the pixel shuffle as well.
-        keys.fail("intermediate_size", f"={mlp} must be hidden_size / pixel_shuffle_ratio**2, with {width} and {ratio}")
+        keys.fail(
+            "intermediate_size",
+            f"is {mlp}, but hidden_size={width} and pixel_shuffle_ratio={ratio} make it {round(width / ratio**2)}",
+        )
     adapter = {
         "vision_output_dim": keys.get("vision_output_dim", 7680, int),
         "projector_input_dim": keys.get("projector_input_dim", 4096, int),

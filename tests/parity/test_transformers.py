@@ -1,7 +1,7 @@
 """Random tiny models, built in an installed transformers, saved by it, and loaded here: the same function, both ways.
 
-    pip install -e .[parity]
-    pytest -m transformers
+pip install -e .[parity]
+pytest -m transformers
 """
 
 import functools
@@ -179,7 +179,9 @@ def test_any_llama4_loads_as_the_same_function_with_the_same_gradients(tmp_path_
 
 
 OURS = {
-    "dense, no NoPE layers, no chunk": ModelConfig(moe_interval=0, nope_interval=0, attention_chunk_size=None, temperature=None),
+    "dense, no NoPE layers, no chunk": ModelConfig(
+        moe_interval=0, nope_interval=0, attention_chunk_size=None, temperature=None
+    ),
     "no chunk, but NoPE layers": ModelConfig(attention_chunk_size=None, nope_layers=(0, 3)),
     "only NoPE layers": ModelConfig(nope_interval=1, temperature=AttentionTemperature(4, 0.5)),
     "top-8, biased, tied": ModelConfig(num_experts=10, experts_per_token=8, attention_bias=True, tie_embeddings=True),
@@ -191,13 +193,16 @@ SMALL = dict(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "dtype"), [*((name, "float32") for name in OURS), ("explicit layers, scaled RoPE", "bfloat16")])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*((name, "float32") for name in OURS), ("explicit layers, scaled RoPE", "bfloat16")]
+)
 def test_transformers_loads_what_we_save_whole_and_computes_the_same(name, dtype, tmp_path):
     chunk = OURS[name].attention_chunk_size and 8
     config = ModelConfig(**{**vars(OURS[name]), **SMALL, "attention_chunk_size": chunk})
     random = np.random.default_rng(0)
     params = jax.tree.map(
-        lambda leaf: jnp.asarray(0.25 * random.standard_normal(leaf.shape) + (leaf.ndim == 1), dtype), abstract_params(Llama4(config))
+        lambda leaf: jnp.asarray(0.25 * random.standard_normal(leaf.shape) + (leaf.ndim == 1), dtype),
+        abstract_params(Llama4(config)),
     )
     save_pretrained(tmp_path / "ours", config, params)
 
@@ -223,7 +228,9 @@ def test_transformers_loads_what_we_save_whole_and_computes_the_same(name, dtype
     tied=st.booleans(),
     seed=st.integers(0, 2**31 - 1),
 )
-def test_any_dense_llama_loads_as_the_same_function(tmp_path_factory, layers, kv_heads, groups, head_dim, rope, bias, tied, seed):
+def test_any_dense_llama_loads_as_the_same_function(
+    tmp_path_factory, layers, kv_heads, groups, head_dim, rope, bias, tied, seed
+):
     config = transformers.LlamaConfig(
         vocab_size=61, hidden_size=16, intermediate_size=20, num_hidden_layers=layers, num_attention_heads=kv_heads * groups,
         num_key_value_heads=kv_heads, head_dim=head_dim, rope_parameters=rope, attention_bias=bias, tie_word_embeddings=tied,
