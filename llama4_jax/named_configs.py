@@ -16,6 +16,7 @@ import jax
 from llama4_jax.config import AttentionTemperature, ModelConfig, RopeScaling, VisionConfig
 from llama4_jax.errors import UserError
 from llama4_jax.model.llama4 import Llama4, abstract_params
+from llama4_jax.model.vision import VisionTower, abstract_vision_params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,19 +80,11 @@ def count_parameters(config: ModelConfig) -> ParameterCounts:
         text += math.prod(leaf.shape)
         routed = any(key.key == "experts" for key in path)
         active += math.prod(leaf.shape) * config.experts_per_token // config.num_experts if routed else math.prod(leaf.shape)
-    vision = 0 if config.vision is None else _count_vision(config.vision, config.hidden_size)
+    vision = 0
+    if config.vision is not None:
+        tower = abstract_vision_params(VisionTower(config.vision, config.hidden_size))
+        vision = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tower))
     return ParameterCounts(text + vision, text, vision, active)
-
-
-def _count_vision(vision: VisionConfig, text_size: int) -> int:
-    """The tower's parameters from its table of shapes."""
-    D, F, A = vision.hidden_size, vision.mlp_size, vision.adapter_size
-    patches = (vision.image_size // vision.patch_size) ** 2
-    layer_norm = [(D,), (D,)]
-    layer = [*layer_norm, *layer_norm, *4 * [(D, D), (D,)], (D, F), (F,), (F, D), (D,)]
-    embedding = [(vision.num_channels * vision.patch_size**2, D), (D,), (patches + 1, D)]  # patches, class token, positions
-    adapter = [(round(D / vision.pixel_shuffle_ratio**2), A), (A, A), (A, text_size)]  # two layers, projector
-    return sum(map(math.prod, [*embedding, *layer_norm, *vision.num_layers * layer, *layer_norm, *adapter]))
 
 
 # ------------------------------------------------------------------------------------------------------------------------

@@ -28,9 +28,10 @@ from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from llama4_jax.checkpoints.huggingface_config import config_from_hf, config_to_hf
-from llama4_jax.config import ModelConfig
+from llama4_jax.config import ModelConfig, VisionConfig
 from llama4_jax.errors import UserError
 from llama4_jax.model.llama4 import Llama4, abstract_params
+from llama4_jax.model.vision import VisionTower, abstract_vision_params
 
 MAX_SHARD_BYTES = 5 * 10**9  # a larger checkpoint is split, as transformers does
 PROGRESS_BYTES = 2**30  # from here on a bar is shown
@@ -136,6 +137,48 @@ def _moe(config: ModelConfig, name: str, path: tuple[str, ...], block: int) -> I
         yield from _dense_ffn(f"{name}shared_expert.", (*path, "shared_expert"), block, D, F)
 
 
+def _vision_tensors(vision: VisionConfig, text_size: int) -> Iterator[_Tensor]:
+    """Every tensor of the vision tower, adapter and projector."""
+    D, F, A, p, C = vision.hidden_size, vision.mlp_size, vision.adapter_size, vision.patch_size, vision.num_channels
+    places = (vision.image_size // p) ** 2 + 1
+    split, order = (D, C, p, p), (2, 3, 1, 0)  # a stored patch is channel, row, column
+    yield _tensor(
+        "vision_model.patch_embedding.linear.weight",
+        (D, C * p * p),
+        ("patch_embedding", "kernel"),
+        (),
+        split=split,
+        order=order,
+    )
+    yield _tensor("vision_model.class_embedding", (D,), ("class_embedding",), ())
+    yield _tensor("vision_model.positional_embedding_vlm", (places, D), ("position_embedding",), ())
+    yield from _layer_norm("vision_model.layernorm_pre.", D, ("norm_pre",), ())
+    for layer in range(vision.num_layers):
+        name, path, index = f"vision_model.model.layers.{layer}.", ("layers",), (layer,)
+        yield from _layer_norm(f"{name}input_layernorm.", D, (*path, "attention_norm"), index)
+        for which in ("query", "key", "value"):
+            heads = (vision.num_heads, D // vision.num_heads)
+            there, here = f"{name}self_attn.{which[0]}_proj.", (*path, which)
+            yield _tensor(f"{there}weight", (D, D), (*here, "kernel"), index, split=(*heads, D), order=(2, 0, 1))
+            yield _tensor(f"{there}bias", (D,), (*here, "bias"), index, split=heads)
+        there, here = f"{name}self_attn.o_proj.", (*path, "output")
+        yield _tensor(f"{there}weight", (D, D), (*here, "kernel"), index, split=(D, *heads), order=(1, 2, 0))
+        yield _tensor(f"{there}bias", (D,), (*here, "bias"), index)
+        yield from _layer_norm(f"{name}post_attention_layernorm.", D, (*path, "mlp_norm"), index)
+        for there, here, shape in (("fc1", "up", (F, D)), ("fc2", "down", (D, F))):
+            yield _tensor(f"{name}mlp.{there}.weight", shape, (*path, here, "kernel"), index, order=(1, 0))
+            yield _tensor(f"{name}mlp.{there}.bias", shape[:1], (*path, here, "bias"), index)
+    yield from _layer_norm("vision_model.layernorm_post.", D, ("norm_post",), ())
+    yield _tensor("vision_model.vision_adapter.mlp.fc1.weight", (A, F), ("adapter_in", "kernel"), (), order=(1, 0))
+    yield _tensor("vision_model.vision_adapter.mlp.fc2.weight", (A, A), ("adapter_out", "kernel"), (), order=(1, 0))
+    yield _tensor("multi_modal_projector.linear_1.weight", (text_size, A), ("projector", "kernel"), (), order=(1, 0))
+
+
+def _layer_norm(name: str, D: int, path: tuple[str, ...], index: tuple[int, ...]) -> Iterator[_Tensor]:
+    for there, here in (("weight", "scale"), ("bias", "bias")):
+        yield _tensor(f"{name}{there}", (D,), (*path, here), index)
+
+
 # ------------------------------------------------------------------------------------------------------------------------
 # Reading
 
@@ -168,8 +211,26 @@ def load_pretrained(folder: str | os.PathLike, *, dtype: Any = None) -> tuple[Ll
     with contextlib.ExitStack() as open_files:
         stored = _open_checkpoint(folder, open_files)
         tensors = list(_tensors(config, plain_llama=raw["model_type"] == "llama"))
-        _check_stored(folder, stored, tensors, config)
+        _check_text(folder, stored, tensors, config)
         return model, _read_params(stored, tensors, abstract_params(model), dtype)
+
+
+def load_vision_tower(folder: str | os.PathLike, *, dtype: Any = None) -> tuple[VisionTower, dict]:
+    """The vision tower of a multimodal checkpoint, adapter and projector included, and its parameters.
+
+    Takes and raises what load_pretrained does, and a UserError for a checkpoint without a vision tower.
+    """
+    folder = _local_folder(folder, ["*.json", "*.safetensors"])
+    config = config_from_hf(_read_json(folder / _CONFIG), source=str(folder / _CONFIG))
+    if config.vision is None:
+        raise UserError(f"{folder / _CONFIG}: describes a text model, without a vision tower")
+    tower = VisionTower(config.vision, config.hidden_size)
+    with contextlib.ExitStack() as open_files:
+        stored = {name: it for name, it in _open_checkpoint(folder, open_files).items() if name.startswith(_VISION)}
+        tensors = list(_vision_tensors(config.vision, config.hidden_size))
+        _check_tensors(folder, stored, tensors)
+        _refuse_extra(stored, [name for name in stored if name not in {tensor.name for tensor in tensors}])
+        return tower, _read_params(stored, tensors, abstract_vision_params(tower), dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,18 +304,27 @@ def _read_index(path: Path) -> dict[str, list[str]]:
     return names_by_file
 
 
-def _check_stored(folder: Path, stored: dict[str, _Stored], tensors: list[_Tensor], config: ModelConfig) -> None:
-    """Refuses a checkpoint that is not exactly the model, before any tensor is read."""
-    wanted = {tensor.name: tensor for tensor in tensors}
-    missing = [name for name in wanted if name not in stored]
+def _check_tensors(folder: Path, stored: dict[str, _Stored], tensors: list[_Tensor]) -> None:
+    """Refuses a checkpoint in which a tensor is missing or has another shape."""
+    missing = [tensor.name for tensor in tensors if tensor.name not in stored]
     if missing:
         raise UserError(f"{folder}: tensor {missing[0]} is missing{_and_more(missing)}; {_CONFIG} asks for it")
-    for name, tensor in wanted.items():
-        if stored[name].shape != tensor.shape:
-            raise UserError(
-                f"{stored[name].path}: tensor {stored[name].name} has shape {stored[name].shape}, "
-                f"but {_CONFIG} makes it {tensor.shape}"
-            )
+    for tensor in tensors:
+        found = stored[tensor.name]
+        if found.shape != tensor.shape:
+            raise UserError(f"{found.path}: tensor {found.name} has shape {found.shape}, but {_CONFIG} makes it {tensor.shape}")
+
+
+def _refuse_extra(stored: dict[str, _Stored], extra: list[str]) -> None:
+    if extra:
+        first = stored[extra[0]]
+        raise UserError(f"{first.path}: tensor {first.name}{_and_more(extra)} has no place in this model")
+
+
+def _check_text(folder: Path, stored: dict[str, _Stored], tensors: list[_Tensor], config: ModelConfig) -> None:
+    """Refuses a checkpoint that is not exactly the model, before any tensor is read; names what else it holds."""
+    _check_tensors(folder, stored, tensors)
+    wanted = {tensor.name for tensor in tensors}
     extra = [name for name in stored if name not in wanted and not _IGNORED.search(name)]
     if config.tie_embeddings and "lm_head.weight" in extra:
         head, embedding = (stored[name] for name in ("lm_head.weight", "model.embed_tokens.weight"))
@@ -262,9 +332,7 @@ def _check_stored(folder: Path, stored: dict[str, _Stored], tensors: list[_Tenso
             raise UserError(f"{head.path}: lm_head.weight differs from the embedding, but {_CONFIG} ties them")
         extra.remove("lm_head.weight")
     vision = [name for name in extra if name.startswith(_VISION)]
-    extra = [name for name in extra if name not in vision]
-    if extra:
-        raise UserError(f"{stored[extra[0]].path}: tensor {stored[extra[0]].name}{_and_more(extra)} has no place in this model")
+    _refuse_extra(stored, [name for name in extra if name not in vision])
     if vision:
         parts = ", ".join(f"{prefix}* ({n})" for prefix in _VISION if (n := sum(name.startswith(prefix) for name in vision)))
         warnings.warn(f"{folder}: the text model was loaded; {len(vision)} vision tensors were not: {parts}", stacklevel=3)

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from llama4_jax.checkpoints import huggingface
-from llama4_jax.checkpoints.huggingface import load_config, load_pretrained, save_pretrained
+from llama4_jax.checkpoints.huggingface import load_config, load_pretrained, load_vision_tower, save_pretrained
 from llama4_jax.config import ModelConfig, VisionConfig
 from llama4_jax.errors import UserError
 from llama4_jax.model.llama4 import Llama4, abstract_params
@@ -253,6 +253,16 @@ def test_a_wrong_index_is_named(folder, weight_map, words):
     (folder / "model.safetensors").rename(folder / "part.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     refused(folder, words)
+
+
+def test_a_text_checkpoint_has_no_vision_tower_and_a_multimodal_one_must_have_all_of_it(folder):
+    with pytest.raises(UserError, match=r"config\.json: describes a text model"):
+        load_vision_tower(folder)
+    text = json.loads((folder / "config.json").read_text())
+    vision = {"hidden_size": 1408, "vision_output_dim": 4096, "image_size": 336}
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama4", "text_config": text, "vision_config": vision}))
+    with pytest.raises(UserError, match=r"tensor vision_model\.patch_embedding\.linear\.weight is missing \(and"):
+        load_vision_tower(folder)
 
 
 def test_an_unreachable_hub_is_one_line(monkeypatch, folder):

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, Phase, assume, given, note, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from llama4_jax.checkpoints.huggingface import load_pretrained, save_pretrained
+from llama4_jax.checkpoints.huggingface import load_pretrained, load_vision_tower, save_pretrained
 from llama4_jax.config import AttentionTemperature, ModelConfig, RopeScaling
 from llama4_jax.model.llama4 import Llama4, abstract_params
 
@@ -101,7 +101,7 @@ def randomise(model, seed):
         noise = torch.randn(parameter.shape, generator=generator)
         if "norm" in name:
             value = 1 + 0.2 * noise
-        elif name.endswith("bias"):
+        elif parameter.ndim == 1:  # biases and the class embedding
             value = 0.2 * noise
         elif "embed_tokens" in name:
             value = 0.5 * noise
@@ -126,7 +126,7 @@ def theirs(model, tokens):
     tokens = torch.from_numpy(tokens)
     output = model(input_ids=tokens, labels=tokens, use_cache=False)
     output.loss.backward()
-    grads = {name: parameter.grad.numpy() for name, parameter in model.named_parameters()}
+    grads = {name: parameter.grad.numpy() for name, parameter in model.named_parameters() if parameter.grad is not None}
     return output.logits.detach().numpy(), grads, min(margins, default=np.inf)
 
 
@@ -151,6 +151,7 @@ def assert_close(actual, wanted, tolerance, what):
     np.testing.assert_allclose(actual, wanted, atol=tolerance * max(1.0, np.abs(wanted).max()), rtol=0, err_msg=what)
 
 
+@pytest.mark.slow
 @EXAMPLES
 @given(llama4_configs(), st.integers(0, 2**31 - 1))
 def test_any_llama4_loads_as_the_same_function_with_the_same_gradients(tmp_path_factory, kwargs, seed):
@@ -217,6 +218,7 @@ def test_transformers_loads_what_we_save_whole_and_computes_the_same(name, dtype
     assert_close(our_logits(Llama4(config), params, jnp.asarray(tokens)), wanted, 2e-5, "logits")
 
 
+@pytest.mark.slow
 @EXAMPLES
 @given(
     layers=st.integers(1, 4),
@@ -244,4 +246,33 @@ def test_any_dense_llama_loads_as_the_same_function(
     tokens = np.random.default_rng(seed).integers(0, config.vocab_size, (2, T))
     wanted, _, _ = theirs(model, tokens)
     our_model, params = load_pretrained(folder)
+    assert_close(our_logits(our_model, params, jnp.asarray(tokens)), wanted, 2e-5, "logits")
+
+
+def test_the_vision_tower_of_a_multimodal_checkpoint_is_the_same_function(tmp_path):
+    vision = dict(
+        hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64, vision_output_dim=10, image_size=24,
+        patch_size=4, projector_input_dim=10, projector_output_dim=10, rope_parameters=dict(rope_type="default", rope_theta=1e4),
+    )  # fmt: skip
+    text = dict(
+        vocab_size=61, hidden_size=12, intermediate_size=12, intermediate_size_mlp=20, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=4, num_local_experts=2,
+    )  # fmt: skip
+    config = transformers.Llama4Config(text_config=text, vision_config=vision)
+    model = transformers.Llama4ForConditionalGeneration(config).float().eval()
+    randomise(model, 0)
+    model.save_pretrained(tmp_path)
+    tiles = np.random.default_rng(0).uniform(-1, 1, (3, 24, 24, 3)).astype(np.float32)
+    with torch.no_grad():
+        hidden = model.vision_model(torch.from_numpy(tiles.transpose(0, 3, 1, 2).copy())).last_hidden_state
+        wanted = model.multi_modal_projector(hidden).numpy()
+
+    tower, params = load_vision_tower(tmp_path)
+    features = jax.jit(lambda params, tiles: tower.apply({"params": params}, tiles))(params, tiles)
+    assert_close(features, wanted, 2e-5, "features")
+
+    with pytest.warns(UserWarning, match="vision tensors were not"):
+        our_model, params = load_pretrained(tmp_path)  # and its text part is the text model
+    tokens = np.random.default_rng(1).integers(0, 61, (2, T))
+    wanted, _, _ = theirs(model, tokens)
     assert_close(our_logits(our_model, params, jnp.asarray(tokens)), wanted, 2e-5, "logits")
