@@ -50,8 +50,8 @@ def test_a_field_of_every_type_is_read(config, name, text, value):
     [
         ("optimizer.lerning_rate", "1", "unknown field --config.optimizer.lerning_rate; did you mean optimizer.learning_rate?"),
         ("learning_rate", "1", "unknown field --config.learning_rate; did you mean optimizer.learning_rate?"),
-        ("model.rope_scaling.facter", "1", "did you mean model.rope_scaling.factor?"),
-        ("evaluations.heldot.every", "1", "did you mean evaluations.heldout.every?"),
+        ("model.rope_scaling.facter", "1", "did you mean model.rope_scaling.factor"),
+        ("evaluations.heldot.every", "1", "did you mean evaluations.heldout.every"),
         ("steps.more", "1", "unknown field --config.steps.more"),
         ("zzz", "1", "unknown field --config.zzz; groups are checkpoint, data, evaluations, execution, log_every"),
         ("optimizer", "1", "--config.optimizer is a group of fields, not a value; its fields are optimizer.learning_rate,"),
@@ -73,9 +73,9 @@ def test_a_bad_override_is_one_line_that_helps(config, name, text, message):
 
 
 def test_a_value_that_its_dataclass_refuses_is_told():
-    with pytest.raises(UserError, match="OptimizerConfig.learning_rate must be positive, got -1"):
+    with pytest.raises(UserError, match=r"OptimizerConfig\.learning_rate must be positive, got -1"):
         load_experiment(FIXTURE, {"optimizer.learning_rate": "-1"})
-    with pytest.raises(UserError, match="EvaluationConfig.every must be positive, got 0"):
+    with pytest.raises(UserError, match=r"EvaluationConfig\.every must be positive, got 0"):
         load_experiment(FIXTURE, {"evaluations.heldout.every": "0"})
 
 

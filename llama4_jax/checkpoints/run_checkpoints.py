@@ -72,9 +72,7 @@ class RunCheckpoints:
         Raises:
             UserError: the disk has no room, or an earlier save failed.
         """
-        self.check()
-        self._manager.wait_until_finished()  # a disk slower than the cadence holds training up rather than memory
-        self.check()
+        self.wait()  # a disk slower than the cadence holds training up rather than filling memory
         needed = sum(x.nbytes for x in jax.tree.leaves(state))
         free = shutil.disk_usage(self.folder).free
         if free < needed:
@@ -105,6 +103,8 @@ class RunCheckpoints:
             self._manager.wait_until_finished()
         except Exception as error:
             raise self._save_error(error) from error
+        if self._saving is not None and not _is_complete(self.folder / str(self._saving)):
+            raise self._save_error(FileNotFoundError("its files are gone"))
 
     def close(self) -> None:
         self._manager.close()

@@ -126,7 +126,7 @@ def test_other_arrays_are_refused_by_name_and_nothing_is_cast(tmp_path, change, 
 def test_a_full_disk_is_noticed_before_the_save(tmp_path, monkeypatch):
     checkpoints = RunCheckpoints(tmp_path, keep=1)
     monkeypatch.setattr(run_checkpoints.shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
-    with pytest.raises(UserError, match="no room for the checkpoint of step 1: it needs 32 bytes and .* has 10"):
+    with pytest.raises(UserError, match=r"no room for the checkpoint of step 1: it needs 32 bytes and .* has 10"):
         checkpoints.save(1, state_of(1), {}, {})
 
 
@@ -134,11 +134,11 @@ def test_a_save_that_fails_in_the_background_is_told(tmp_path):
     checkpoints = RunCheckpoints(tmp_path / "run", keep=1)
     checkpoints.save(1, {"x": jnp.ones((1024, 1024))}, {}, {})
     shutil.rmtree(tmp_path / "run", ignore_errors=True)
-    with pytest.raises(UserError, match="saving the checkpoint of step 1 to .* failed: "):
+    with pytest.raises(UserError, match=r"saving the checkpoint of step 1 to .* failed: "):
         checkpoints.wait()
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write checkpoints to .*file/run: Not a directory"):
+    with pytest.raises(UserError, match=r"cannot write checkpoints to .*file/run: Not a directory"):
         RunCheckpoints(tmp_path / "file/run", keep=1)

@@ -7,9 +7,6 @@ import json
 import sys
 
 import jax
-
-jax.config.update("jax_num_cpu_devices", 8)
-
 import jax.numpy as jnp
 import numpy as np
 

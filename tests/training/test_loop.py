@@ -86,7 +86,7 @@ def test_a_run_leaves_what_it_promises(straight):
 
 
 KILLED = """
-import os, signal, sys
+import os, signal, sys, time
 from llama4_jax.app import load_experiment
 from llama4_jax.training import loop
 
@@ -96,6 +96,8 @@ class Deadly:
     def __next__(self):
         self.read += 1
         if self.read == 9:
+            while not os.path.isdir(sys.argv[2] + "/checkpoints/5"):  # it is written behind
+                time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL)
         return next(self.batches)
 

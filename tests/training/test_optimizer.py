@@ -1,3 +1,5 @@
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +17,7 @@ def test_the_rate_climbs_from_the_first_update_and_ends_at_its_fraction():
     assert rates[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
     assert rates[13] == pytest.approx(0.55)  # half way down
     assert rates[-1] == pytest.approx(0.1)
-    assert all(a > b for a, b in zip(rates[3:], rates[4:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(rates[3:]))
 
 
 @pytest.mark.parametrize("warmup", [0, 1, 5, 9])

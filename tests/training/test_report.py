@@ -11,7 +11,7 @@ def record(step, load=None):
 @pytest.mark.parametrize("steps", [[1], [1, 10, 20]])
 def test_pictures_of_a_run_of_any_length(tmp_path, steps):
     records = [record(step, [[0.75, 0.25], [0.5, 0.5]]) for step in steps]
-    write_report(records + [{"step": 20, "evaluation": "heldout", "bits_per_byte": 2.5}], tmp_path, {"gzip": 2.9})
+    write_report([*records, {"step": 20, "evaluation": "heldout", "bits_per_byte": 2.5}], tmp_path, {"gzip": 2.9})
     for name in ("loss.png", "expert_load.png"):
         picture = matplotlib.image.imread(tmp_path / name)
         assert min(picture.shape[:2]) > 200 and picture.std() > 0.01
