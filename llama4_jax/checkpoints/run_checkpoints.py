@@ -50,15 +50,15 @@ class RunCheckpoints:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot write checkpoints to {self.folder}: {error.strerror}") from error
+        for leftover in self.folder.glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(leftover, ignore_errors=True)
         for step in self._steps():
             if not _is_complete(self.folder / str(step)):
                 self._set_aside(step, "incomplete")
         self._saving: int | None = None
         self._manager = ocp.CheckpointManager(
             self.folder,
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True
-            ),
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True),
             item_handlers={
                 "state": ocp.StandardCheckpointHandler(),
                 "data": ocp.JsonCheckpointHandler(),
@@ -72,9 +72,7 @@ class RunCheckpoints:
         Raises:
             UserError: the disk has no room, or an earlier save failed.
         """
-        self.check()
-        self._manager.wait_until_finished()  # a disk slower than the cadence holds training up rather than memory
-        self.check()
+        self.wait()  # a disk slower than the cadence holds training up rather than filling memory
         needed = sum(x.nbytes for x in jax.tree.leaves(state))
         free = shutil.disk_usage(self.folder).free
         if free < needed:
@@ -105,6 +103,8 @@ class RunCheckpoints:
             self._manager.wait_until_finished()
         except Exception as error:
             raise self._save_error(error) from error
+        if self._saving is not None and not _is_complete(self.folder / str(self._saving)):
+            raise self._save_error(FileNotFoundError("its files are gone"))
 
     def close(self) -> None:
         self._manager.close()

@@ -109,10 +109,13 @@ class _Sitting:
             self.model, self.optimizer, experiment.optimizer.trainable, mesh, experiment.seed
         )
         self.step = int(self.state.step)
+        self.progress = Progress(start=self.step, total=experiment.steps, enabled=progress)
+        if seen := max((record["step"] for record in run.read_metrics()), default=0):
+            origin = f"the checkpoint of step {self.step}" if self.step else "step 0, for no checkpoint was complete yet"
+            self.progress.say(f"this run had come to step {seen}; it goes on from {origin}")
         run.forget_metrics_after(self.step)
         self.saved_step = self.step
         self.evaluations = self._make_evaluations()
-        self.progress = Progress(start=self.step, total=experiment.steps, enabled=progress)
         self.timer = _Timer()
 
     def _restore(self) -> TrainState | None:
@@ -134,8 +137,6 @@ class _Sitting:
 
     def train(self) -> TrainResult:
         try:
-            if self.step:
-                self.progress.say(f"resumed from the checkpoint of step {self.step}")
             self._take_steps()
             self.checkpoints.wait()
         finally:

@@ -7,9 +7,6 @@ import json
 import sys
 
 import jax
-
-jax.config.update("jax_num_cpu_devices", 8)
-
 import jax.numpy as jnp
 import numpy as np
 
@@ -72,7 +69,12 @@ def main(folder: str) -> None:
         errors = jax.tree.map(relative_error, got, expected)
         split = sum(not x.is_fully_replicated for x in jax.tree.leaves(state.params))
         same = jax.tree.map(lambda m, p: m.sharding == p.sharding, state.opt_state[1][0].mu, state.params)
-        record = {"mesh": name, "error": max(jax.tree.leaves(errors)), "split": split, "moments_follow": all(jax.tree.leaves(same))}
+        record = {
+            "mesh": name,
+            "error": max(jax.tree.leaves(errors)),
+            "split": split,
+            "moments_follow": all(jax.tree.leaves(same)),
+        }
         print(json.dumps(record), flush=True)
 
     checkpoints = RunCheckpoints(folder, keep=1)

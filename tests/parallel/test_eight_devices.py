@@ -1,6 +1,7 @@
 """Any mesh gives the numbers of one device. The work is in eight_devices.py, in a process that has eight devices."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,8 @@ import pytest
 def records(tmp_path_factory):
     script = Path(__file__).with_name("eight_devices.py")
     command = [sys.executable, script, tmp_path_factory.mktemp("checkpoints")]
-    output = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    output = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert output.returncode == 0, output.stderr[-3000:]
     return {record["mesh"]: record for record in map(json.loads, output.stdout.splitlines())}
 

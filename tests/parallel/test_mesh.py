@@ -17,7 +17,10 @@ def test_all_axes_exist_and_are_auto():
     [
         (MeshConfig(data=3), "mesh data=3 does not fit 8 device(s): make one axis -1, such as data, or have 3 devices"),
         (MeshConfig(data=-1, fsdp=3), "mesh data=-1 x fsdp=3 does not fit 8 device(s): the sizes must divide 8"),
-        (MeshConfig(data=4, fsdp=4), "mesh data=4 x fsdp=4 does not fit 8 device(s): make one axis -1, such as data, or have 16"),
+        (
+            MeshConfig(data=4, fsdp=4),
+            "mesh data=4 x fsdp=4 does not fit 8 device(s): make one axis -1, such as data, or have 16",
+        ),
     ],
 )
 def test_sizes_that_do_not_fit_are_told_with_their_numbers(config, message):

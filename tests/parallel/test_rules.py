@@ -42,7 +42,9 @@ def test_every_parameter_of_scout_divides_over_a_pod():
     shardings = named_shardings(params, logical_axes(model), mesh_of(fsdp=16, expert=8))
     down = shardings["layers"]["layer_0"]["feed_forward"]["shared_expert"]["down"]["kernel"]
     assert down.spec == P(None, ("tensor", "expert"), "fsdp")
-    largest = max(math.prod(s.shard_shape(p.shape)) for p, s in zip(jax.tree.leaves(params), jax.tree.leaves(shardings), strict=True))
+    largest = max(
+        math.prod(s.shard_shape(p.shape)) for p, s in zip(jax.tree.leaves(params), jax.tree.leaves(shardings), strict=True)
+    )
     assert largest * 128 == 12 * 16 * 5120 * 2 * 8192  # gate and up of all experts in one of the scan's four stacks
 
 

@@ -1,0 +1,144 @@
+import logging
+import shutil
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llama4_jax.checkpoints import run_checkpoints
+from llama4_jax.checkpoints.run_checkpoints import RunCheckpoints
+from llama4_jax.errors import UserError
+
+
+def state_of(step):
+    return {"step": jnp.int32(step), "params": {"a": jnp.arange(6.0).reshape(2, 3) * step, "b": (jnp.ones(2, jnp.bfloat16),)}}
+
+
+def target_of(tree):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+TARGET = target_of(state_of(1))
+
+
+def folder_with(folder, steps, keep=3):
+    checkpoints = RunCheckpoints(folder, keep=keep)
+    for step in steps:
+        checkpoints.save(step, state_of(step), {"read": step}, {"seed": 1})
+    checkpoints.wait()
+    checkpoints.close()
+    return folder
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_the_newest_comes_back_whole_and_old_ones_go(tmp_path):
+    folder_with(tmp_path, [1, 2, 3], keep=2)
+    assert names(tmp_path) == ["2", "3"]
+    restored = RunCheckpoints(tmp_path, keep=2).restore_newest(TARGET)
+    assert (restored.step, restored.data, restored.fingerprint) == (3, {"read": 3}, {"seed": 1})
+    assert jax.tree.structure(restored.state) == jax.tree.structure(TARGET)
+    for a, b in zip(jax.tree.leaves(restored.state), jax.tree.leaves(state_of(3)), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_saved_arrays_may_be_donated_at_once(tmp_path):
+    """The training step overwrites the state while the files are still being written."""
+    checkpoints = RunCheckpoints(tmp_path, keep=1)
+    overwrite = jax.jit(lambda x: x * 0 - 7.0, donate_argnums=0)
+    for step in range(1, 4):
+        x = jnp.full((512, 1024), float(step))
+        checkpoints.save(step, {"x": x}, {}, {})
+        jax.block_until_ready(overwrite(x))
+        checkpoints.wait()
+        restored = checkpoints.restore_newest(target_of({"x": jnp.zeros((512, 1024))}))
+        np.testing.assert_array_equal(restored.state["x"], float(step))
+
+
+def test_an_empty_folder_is_a_fresh_start(tmp_path):
+    checkpoints = RunCheckpoints(tmp_path / "new", keep=1)
+    assert checkpoints.restore_newest(TARGET) is None and checkpoints.newest_step() is None
+
+
+def test_what_is_no_checkpoint_is_put_aside_and_leftovers_are_cleared(tmp_path, caplog):
+    folder_with(tmp_path, [1, 2])
+    (tmp_path / "3").mkdir()
+    shutil.copytree(tmp_path / "2", tmp_path / "4", ignore=shutil.ignore_patterns("_CHECKPOINT_METADATA"))  # half copied
+    (tmp_path / "5.orbax-checkpoint-tmp").mkdir()
+    (tmp_path / "6").write_text("a file")
+    (tmp_path / "notes").mkdir()
+    with caplog.at_level(logging.WARNING):
+        checkpoints = RunCheckpoints(tmp_path, keep=3)
+    assert names(tmp_path) == ["1", "2", "3.incomplete-1", "4.incomplete-1", "6", "notes"]
+    assert "checkpoint" in caplog.text and "3.incomplete-1" in caplog.text
+    assert checkpoints.restore_newest(TARGET).step == 2
+    checkpoints.save(3, state_of(3), {}, {})  # the names are free again
+    checkpoints.wait()
+    assert checkpoints.restore_newest(TARGET).step == 3
+
+
+@pytest.mark.parametrize("damage", ["state/_METADATA", "state/manifest.ocdbt", "state/d", "data/metadata"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(tmp_path, caplog, damage):
+    folder_with(tmp_path, [1, 2])
+    path = tmp_path / "2" / damage
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.write_text("{")
+    checkpoints = RunCheckpoints(tmp_path, keep=2)
+    with caplog.at_level(logging.WARNING):
+        assert checkpoints.restore_newest(TARGET).step == 1
+    assert names(tmp_path) == ["1", "2.damaged-1"]
+    assert "2 is damaged and was renamed" in caplog.text
+
+
+def test_nothing_readable_is_an_error_now_and_at_the_next_start(tmp_path):
+    folder_with(tmp_path, [2])
+    shutil.rmtree(tmp_path / "2/state")
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"no checkpoint in .* can be read \(set aside: 2\.incomplete-1\)"):
+            RunCheckpoints(tmp_path, keep=2).restore_newest(TARGET)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda t: t["params"].update(a=jnp.zeros((3, 2))), r"params/a is float32\[2, 3\] there, float32\[3, 2\] here"),
+        (lambda t: t["params"].update(a=jnp.zeros((2, 3), jnp.bfloat16)), r"params/a is float32\[2, 3\] there, bfloat16"),
+        (lambda t: t["params"].update(c=jnp.zeros(1)), "it has no params/c"),
+        (lambda t: t["params"].pop("a"), "the run has no params/a"),
+    ],
+)
+def test_other_arrays_are_refused_by_name_and_nothing_is_cast(tmp_path, change, message):
+    folder_with(tmp_path, [1])
+    other = state_of(1)
+    change(other)
+    with pytest.raises(UserError, match=message):
+        RunCheckpoints(tmp_path, keep=1).restore_newest(target_of(other))
+    assert names(tmp_path) == ["1"]
+
+
+def test_a_full_disk_is_noticed_before_the_save(tmp_path, monkeypatch):
+    checkpoints = RunCheckpoints(tmp_path, keep=1)
+    monkeypatch.setattr(run_checkpoints.shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
+    with pytest.raises(UserError, match=r"no room for the checkpoint of step 1: it needs 32 bytes and .* has 10"):
+        checkpoints.save(1, state_of(1), {}, {})
+
+
+def test_a_save_that_fails_in_the_background_is_told(tmp_path):
+    checkpoints = RunCheckpoints(tmp_path / "run", keep=1)
+    checkpoints.save(1, {"x": jnp.ones((1024, 1024))}, {}, {})
+    shutil.rmtree(tmp_path / "run", ignore_errors=True)
+    with pytest.raises(UserError, match=r"saving the checkpoint of step 1 to .* failed: "):
+        checkpoints.wait()
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot write checkpoints to .*file/run: Not a directory"):
+        RunCheckpoints(tmp_path / "file/run", keep=1)

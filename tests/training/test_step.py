@@ -1,0 +1,102 @@
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from llama4_jax.app import load_experiment
+from llama4_jax.config import MeshConfig
+from llama4_jax.data.batch import Batch
+from llama4_jax.model.llama4 import Llama4
+from llama4_jax.parallel.mesh import make_mesh
+from llama4_jax.parallel.rules import put_batch, use_mesh
+from llama4_jax.training.objective import cross_entropy_objective
+from llama4_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from llama4_jax.training.state import abstract_state, create_state
+from llama4_jax.training.step import make_train_step
+
+EXPERIMENT = load_experiment(str(Path(__file__).parents[1] / "fixtures/tiny_experiment.py"), {})
+MODEL = Llama4(EXPERIMENT.model, EXPERIMENT.execution)
+OPTIMIZER = make_optimizer(EXPERIMENT.optimizer, 10)
+MESH = make_mesh(MeshConfig(), jax.devices()[:1])
+
+
+@pytest.fixture(autouse=True)
+def _mesh():
+    with use_mesh(MESH):
+        yield
+
+
+@pytest.fixture(scope="module")
+def batch():
+    tokens = np.random.default_rng(0).integers(0, 320, (8, 33)).astype(np.int32)
+    positions = np.tile(np.arange(32, dtype=np.int32), (8, 1))
+    return put_batch(
+        Batch(tokens[:, :-1], tokens[:, 1:], np.ones((8, 32), np.float32), positions, np.ones((8, 32), np.int32)), MESH
+    )
+
+
+def compiled_step(batch, trainable=".*", objective=None):
+    state = create_state(MODEL, OPTIMIZER, trainable, MESH, seed=0)
+    objective = objective or cross_entropy_objective(MODEL, EXPERIMENT.objective)
+    schedule = learning_rate_schedule(EXPERIMENT.optimizer, 10)
+    step = make_train_step(objective, OPTIMIZER, schedule, state=state, mesh=MESH, seed=0)
+    return state, step.lower(state, batch).compile()
+
+
+@pytest.fixture(scope="module")
+def full(batch):
+    with use_mesh(MESH):
+        return compiled_step(batch)
+
+
+def test_the_whole_state_is_updated_in_place(full):
+    state, step = full
+    memory = step.memory_analysis()
+    state_bytes = sum(x.nbytes for x in jax.tree.leaves(state))
+    assert memory.alias_size_in_bytes == state_bytes
+    assert memory.output_size_in_bytes - state_bytes < 4096  # beside the state, only metrics come out
+
+
+def test_steps_lower_the_loss_and_use_up_their_state(full, batch):
+    state, step = full
+    losses = []
+    for _ in range(8):
+        before = state
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"]))
+        assert all(x.is_deleted() for x in jax.tree.leaves(before))
+    assert losses[-1] < losses[0] - 0.2
+    assert int(state.step) == 8
+    assert metrics["expert_load"].shape == (2, 4)
+    np.testing.assert_allclose(metrics["expert_load"].sum(axis=1), 1, rtol=1e-5)
+    assert metrics["learning_rate"] == pytest.approx(float(learning_rate_schedule(EXPERIMENT.optimizer, 10)(7)))
+
+
+def test_only_what_matches_the_pattern_moves_and_has_moments(batch):
+    state, step = compiled_step(batch, trainable="router")
+    before = flatten_dict(jax.device_get(state.params), sep="/")
+    assert len(jax.tree.leaves(state.opt_state[1][0].mu)) == 2
+    state, _ = step(state, batch)
+    after = flatten_dict(jax.device_get(state.params), sep="/")
+    moved = {path for path in before if not np.array_equal(before[path], after[path])}
+    assert moved == state.trainable == {path for path in before if "router" in path}
+
+
+def test_the_key_is_a_function_of_seed_and_step(batch):
+    def objective(params, batch, key, frozen=None):
+        number = jax.random.uniform(key)
+        return 0.0 * jax.tree.leaves(params)[0].sum() + number, {"loss": number}
+
+    state, step = compiled_step(batch, objective=objective)
+    for count in range(2):
+        state, metrics = step(state, batch)
+        assert metrics["loss"] == jax.random.uniform(jax.random.fold_in(jax.random.key(0), count))
+
+
+def test_a_created_state_is_what_the_abstract_one_says():
+    abstract = abstract_state(MODEL, OPTIMIZER, ".*", MESH)
+    state = create_state(MODEL, OPTIMIZER, ".*", MESH, seed=0)
+    describe = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), tree)  # noqa: E731
+    assert describe(state) == describe(abstract)

@@ -1,0 +1,76 @@
+import json
+
+import pytest
+
+from llama4_jax.config import DataConfig, EvaluationConfig, Experiment, ModelConfig, RopeScaling
+from llama4_jax.errors import UserError
+from llama4_jax.training.work_directory import WorkDirectory, flatten_experiment
+
+
+def experiment(**changes):
+    return Experiment(
+        model=ModelConfig(rope_scaling=RopeScaling()),
+        data=DataConfig(sources=("a", "b")),
+        evaluations={"heldout": EvaluationConfig()},
+        **changes,
+    )
+
+
+def test_settings_have_dotted_names_and_survive_json():
+    flat = flatten_experiment(experiment())
+    assert flat["model.rope_scaling.factor"] == 16.0
+    assert flat["evaluations.heldout.every"] == 200
+    assert flat["data.sources"] == ["a", "b"]
+    assert flat["model.vision"] is None
+    assert json.loads(json.dumps(flat)) == flat
+
+
+def test_another_experiment_is_refused_with_names_and_both_values(tmp_path):
+    WorkDirectory(tmp_path, experiment(seed=1))
+    other = experiment(seed=2)
+    other.model.rope_scaling = RopeScaling(factor=8.0)
+    other.data.tokenizer = "x.json"
+    with pytest.raises(UserError) as error:
+        WorkDirectory(tmp_path, other)
+    assert "seed is 1 there and 2 here" in str(error.value)
+    assert "model.rope_scaling.factor is 16.0 there and 8.0 here" in str(error.value)
+    assert "data.tokenizer is 'bpe' there and 'x.json' here" in str(error.value)
+    assert json.loads((tmp_path / "experiment.json").read_text())["seed"] == 1
+
+
+def test_when_and_where_may_change(tmp_path):
+    WorkDirectory(tmp_path, experiment())
+    changed = experiment(steps=5, log_every=3)
+    changed.checkpoint.every = 7
+    changed.mesh.fsdp = 4
+    changed.execution.remat = "layer"
+    changed.evaluations = {}
+    assert WorkDirectory(tmp_path, changed).settings["steps"] == 5
+    assert json.loads((tmp_path / "experiment.json").read_text())["steps"] == 5
+
+
+def test_lines_after_a_step_are_forgotten_and_so_is_one_cut_short(tmp_path):
+    run = WorkDirectory(tmp_path, experiment())
+    for step in (1, 2, 2, 3):
+        run.append_metrics({"step": step})
+    with run.metrics_file.open("a") as file:
+        file.write('{"step": 4, "lo')
+    run.forget_metrics_after(2)
+    assert [record["step"] for record in run.read_metrics()] == [1, 2, 2]
+    run.append_metrics({"step": 3})
+    assert [record["step"] for record in run.read_metrics()] == [1, 2, 2, 3]
+
+
+@pytest.mark.parametrize("prepare", [lambda path: path.write_text("a file"), lambda path: None])
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, prepare):
+    prepare(tmp_path / "file")
+    folder = tmp_path / "file" / "run" if (tmp_path / "file").exists() else "/proc/nowhere/run"
+    with pytest.raises(UserError, match="cannot write to work directory"):
+        WorkDirectory(folder, experiment())
+
+
+def test_a_broken_experiment_file_is_not_overwritten(tmp_path):
+    (tmp_path / "experiment.json").write_text("{")
+    with pytest.raises(UserError, match=r"cannot read .*experiment.json"):
+        WorkDirectory(tmp_path, experiment())
+    assert (tmp_path / "experiment.json").read_text() == "{"
