@@ -36,8 +36,19 @@ def expert_ffn(
     return expert_ffn_kernel.expert_ffn(x, experts, scores, *weights, implementation=implementation)
 
 
+@jax.custom_vjp
 def swiglu(gate_up: Float[Array, "... 2 F"]) -> Float[Array, "... F"]:
+    """silu(gate) * up. Its gradient keeps the input alone and writes both halves at once."""
     return nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]
+
+
+def _swiglu_backward(gate_up, dy):
+    gate, up = gate_up[..., 0, :], gate_up[..., 1, :]
+    s = nn.sigmoid(gate)
+    return (jnp.stack([dy * up * (s + gate * s * (1 - s)), dy * gate * s], axis=-2),)
+
+
+swiglu.defvjp(lambda gate_up: (swiglu(gate_up), gate_up), _swiglu_backward)
 
 
 class Linear(nn.Module):

@@ -62,11 +62,7 @@ def _visible_keys(queries: slice, S: int, mask: Mask) -> slice:
 def _attend(q, k, v, allowed, B: int, G: int):
     """One block: q [B*K, t*G, H], k and v [B*K, s, H], allowed [#B, t, s]."""
     scores = jax.lax.dot_general(q, k, (((2,), (2,)), ((0,), (0,))), preferred_element_type=jnp.float32)  # [B*K, t*G, s]
-    rows = jnp.repeat(allowed, G, axis=1)  # [#B, t*G, s]
-    if rows.shape[0] == 1:
-        scores = jnp.where(rows, scores, -1e30)
-    else:
-        by_row = scores.reshape(B, -1, *scores.shape[1:])  # [B, K, t*G, s]
-        scores = jnp.where(rows[:, None], by_row, -1e30).reshape(scores.shape)
+    by_head = scores.reshape(B, -1, allowed.shape[1], G, allowed.shape[2])  # [B, K, t, G, s]
+    scores = jnp.where(allowed[:, None, :, None], by_head, -1e30).reshape(scores.shape)
     probabilities = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jax.lax.dot_general(probabilities, v, (((2,), (1,)), ((0,), (0,))))
