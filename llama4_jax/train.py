@@ -9,6 +9,7 @@ everything saved (start again to go on), 2 bad input.
 from absl import flags
 
 from llama4_jax import app
+from llama4_jax.errors import UserError
 
 _CONFIG = flags.DEFINE_string(
     "config", None, "Python file whose get_config() returns an Experiment; override fields by --config.FIELD=VALUE"
@@ -21,7 +22,7 @@ _PROMPT = flags.DEFINE_string("prompt", "import ", "text that the trained model 
 
 def main(overrides: dict[str, str]) -> int:
     if _CONFIG.value is None or _WORKDIR.value is None:
-        raise app.UserError("--config=FILE and --workdir=DIR are both needed")
+        raise UserError("--config=FILE and --workdir=DIR are both needed")
     experiment = app.load_experiment(_CONFIG.value, overrides)
     from llama4_jax.training.loop import train  # after the flags: a misspelt one answers at once
 

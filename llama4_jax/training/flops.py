@@ -71,7 +71,7 @@ def peak_of(devices: list[jax.Device], compute_dtype: str) -> Peak:
     return Peak(_measured_matmul_flops(compute_dtype) * count, f"{compute_dtype} matmul measured on {kind}")
 
 
-def _measured_matmul_flops(dtype: str, n: int = 1536, repeats: int = 4) -> float:
+def _measured_matmul_flops(dtype: str, n: int = 1536, repeats: int = 8) -> float:
     x = jnp.ones((n, n), dtype)
     matmul = jax.jit(jnp.matmul).lower(x, x).compile()
 

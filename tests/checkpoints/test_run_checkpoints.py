@@ -1,4 +1,5 @@
 import logging
+import resource
 import shutil
 from types import SimpleNamespace
 
@@ -130,11 +131,29 @@ def test_a_full_disk_is_noticed_before_the_save(tmp_path, monkeypatch):
         checkpoints.save(1, state_of(1), {}, {})
 
 
-def test_a_save_that_fails_in_the_background_is_told(tmp_path):
-    checkpoints = RunCheckpoints(tmp_path / "run", keep=1)
-    checkpoints.save(1, {"x": jnp.ones((1024, 1024))}, {}, {})
-    shutil.rmtree(tmp_path / "run", ignore_errors=True)
+@pytest.fixture
+def files_of_at_most_a_megabyte():
+    """Writing more fails, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_save_that_fails_in_the_background_is_told(tmp_path, files_of_at_most_a_megabyte):
+    checkpoints = RunCheckpoints(tmp_path, keep=1)
+    checkpoints.save(1, {"x": jax.random.normal(jax.random.key(0), (2**20,))}, {}, {})
     with pytest.raises(UserError, match=r"saving the checkpoint of step 1 to .* failed: "):
+        checkpoints.wait()
+    assert checkpoints.newest_step() is None
+
+
+def test_a_save_whose_files_vanish_is_told(tmp_path):
+    checkpoints = RunCheckpoints(tmp_path, keep=1)
+    checkpoints.save(1, state_of(1), {}, {})
+    checkpoints._manager.wait_until_finished()
+    shutil.rmtree(tmp_path / "1")
+    with pytest.raises(UserError, match=r"saving the checkpoint of step 1 to .* failed: its files are gone"):
         checkpoints.wait()
 
 
