@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-MIN_BLOCK, MAX_BLOCK = 32, 256  # rows
+MIN_BLOCK, MAX_BLOCK = 32, 128  # rows
 
 
 @jax.tree_util.register_dataclass
@@ -41,10 +41,9 @@ def expert_ffn(x, experts, scores, gate_up, down):
 
 
 def block_size(pairs: int, num_experts: int) -> int:
-    """Rows of a block: an expert with an even share, or a quarter more, fits in two. Larger blocks make the matmuls more
-    efficient, smaller ones waste less on padding."""
-    even = -(-pairs // num_experts)
-    return min(max(MIN_BLOCK, -(-5 * even // 8 // 32) * 32), MAX_BLOCK)
+    """Rows of a block: half an even share. Larger blocks make the matmuls more efficient, smaller ones pad less."""
+    half = -(-pairs // (2 * num_experts))
+    return min(max(MIN_BLOCK, -(-half // 32) * 32), MAX_BLOCK)
 
 
 def plan(experts: Int[Array, "M X"], num_experts: int) -> Layout:
