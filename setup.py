@@ -1,12 +1,14 @@
 """`pip install -e .` for a version range of every dependency; the launch scripts install the exact ones of launch/locks/."""
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 setup(
     name="llama4-jax",
     version="0.1.0",
     description="Llama 4 in JAX and Flax: pretrain it, study it, run it",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["llama4_jax*", "pallas_kernels*"]),

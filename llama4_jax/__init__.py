@@ -27,7 +27,7 @@ _HOMES = {
     "llama4_jax.inference.sampling": ("Sampling", "generate", "generate_text", "left_padded"),
     "llama4_jax.processing.tokenizer": ("Tokenizer",),
     "llama4_jax.training.loop": ("TrainResult", "train"),
-    "llama4_jax.training.report": ("plot_expert_load", "plot_loss"),
+    "llama4_jax.training.report": ("expert_load_figure", "loss_figure"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME_OF)

@@ -64,7 +64,6 @@ def load_experiment(path: str, overrides: dict[str, str]) -> Experiment:
     experiment = _get_config(path)
     for name, text in overrides.items():
         override(experiment, name, text)
-    experiment.evaluations = {name: validated(evaluation) for name, evaluation in experiment.evaluations.items()}
     return validated(experiment)
 
 

@@ -23,8 +23,13 @@ T = TypeVar("T")
 
 def validated(config: T) -> T:
     """A deep copy of a config whose every dataclass has checked itself again. Raises UserError."""
-    fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    return dataclasses.replace(config, **{k: validated(v) if dataclasses.is_dataclass(v) else v for k, v in fields.items()})
+
+    def copy(value):
+        if dataclasses.is_dataclass(value):
+            return validated(value)
+        return {k: copy(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+    return dataclasses.replace(config, **{f.name: copy(getattr(config, f.name)) for f in dataclasses.fields(config)})
 
 
 def _require(condition: bool, message: str) -> None:
@@ -96,6 +101,8 @@ class VisionConfig:
     def __post_init__(self):
         _require_positive(self, *(f.name for f in dataclasses.fields(self)))
         _require(self.hidden_size % self.num_heads == 0, f"VisionConfig.{self.num_heads=} must divide {self.hidden_size=}")
+        head_dim = self.hidden_size // self.num_heads
+        _require(head_dim % 4 == 0, f"VisionConfig: head size {head_dim} must be a multiple of 4: RoPE turns pairs by two axes")
         _require(self.image_size % self.patch_size == 0, f"VisionConfig.{self.patch_size=} must divide {self.image_size=}")
 
 

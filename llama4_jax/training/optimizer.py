@@ -12,7 +12,7 @@ from llama4_jax.config import OptimizerConfig
 PyTree = Any
 
 # Norm scales and biases have no scale to hold down. The embedding's rows get a gradient only where their token occurs,
-# so decay would pull the rows of rare tokens to zero; OLMo 2 (arXiv 2501.00656, section 3) found the same.
+# so decay would pull the rows of rare tokens to zero; OLMo 2 (arXiv 2501.00656) leaves its embeddings undecayed too.
 UNDECAYED = re.compile(r"(^|/)(scale|bias|embedding)$")
 
 
