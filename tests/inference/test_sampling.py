@@ -92,8 +92,8 @@ def test_text_goes_in_and_comes_out_and_ends_at_the_end_token(model_and_params):
 def test_bad_input_is_named():
     with pytest.raises(UserError, match="at least one token"):
         left_padded([[1], []])
-    with pytest.raises(UserError, match=r"temperature must be 0 or more, got -1"):
-        Sampling(-1)
+    with pytest.raises(UserError, match=r"temperature must be 0 or more, got -1.0"):
+        Sampling(-1.0)
 
 
 def test_a_model_of_another_config_compiles_by_itself(model_and_params):
