@@ -48,8 +48,14 @@ def abstract_state(model, optimizer: optax.GradientTransformation, trainable: st
     replicated = NamedSharding(mesh, P())
     params = named_shardings(shapes.params, logical_axes(model), mesh)
     trained, _ = split(params, shapes.trainable)
+    masked = optax.MaskedNode  # where one of several update rules keeps nothing for a parameter of another
     opt_state = optax.tree_utils.tree_map_params(
-        optimizer, lambda _, sharding: sharding, shapes.opt_state, trained, transform_non_params=lambda _: replicated
+        optimizer,
+        lambda moment, sharding: moment if isinstance(moment, masked) else sharding,
+        shapes.opt_state,
+        trained,
+        transform_non_params=lambda _: replicated,
+        is_leaf=lambda x: isinstance(x, masked),
     )
     shardings = shapes.replace(step=replicated, params=params, opt_state=opt_state)
     return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, shardings)
