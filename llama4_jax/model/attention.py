@@ -1,7 +1,5 @@
 """Grouped-query attention of one layer: rotary and chunked, or NoPE and full with a temperature on the queries."""
 
-import math
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -13,6 +11,7 @@ from llama4_jax.model.context import Context, KindContext
 from llama4_jax.model.linear import Linear
 from llama4_jax.model.norms import rms_normalize
 from llama4_jax.model.rotary import rotate
+from llama4_jax.model.transfer import initial_stddev
 from pallas_kernels.attention import attention
 
 
@@ -30,11 +29,12 @@ class Attention(nn.Module):
         c = self.config
         shape, axes = (c.hidden_size, c.num_heads, c.head_dim), ("embed", "heads", "head_dim")
         kv_shape, kv_axes = (c.hidden_size, c.num_kv_heads, c.head_dim), ("embed", "kv_heads", "head_dim")
-        self.query = Linear(shape, axes, c.initializer_range, use_bias=c.attention_bias)
-        self.key = Linear(kv_shape, kv_axes, c.initializer_range, use_bias=c.attention_bias)
-        self.value = Linear(kv_shape, kv_axes, c.initializer_range, use_bias=c.attention_bias)
+        stddev = initial_stddev(c, "matrix")
+        self.query = Linear(shape, axes, stddev, use_bias=c.attention_bias)
+        self.key = Linear(kv_shape, kv_axes, stddev, use_bias=c.attention_bias)
+        self.value = Linear(kv_shape, kv_axes, stddev, use_bias=c.attention_bias)
         self.output = Linear(
-            (c.num_heads, c.head_dim, c.hidden_size), ("heads", "head_dim", "embed"), residual_stddev(c), in_axes=2, use_bias=c.attention_bias
+            (c.num_heads, c.head_dim, c.hidden_size), ("heads", "head_dim", "embed"), initial_stddev(c, "residual"), in_axes=2, use_bias=c.attention_bias
         )  # fmt: skip
 
     def __call__(
@@ -76,8 +76,3 @@ class Attention(nn.Module):
 
 def _as(like, arrays):
     return [x.astype(like.dtype) for x in arrays]
-
-
-def residual_stddev(config: ModelConfig) -> float:
-    """Initial deviation of projections into the residual stream, smaller the more of them add up (GPT-2's rule)."""
-    return config.initializer_range / math.sqrt(2 * config.num_layers)

@@ -16,6 +16,7 @@ from llama4_jax.model.linear import normal, project
 from llama4_jax.model.losses import target_log_probs
 from llama4_jax.model.moe import RouterStats
 from llama4_jax.model.norms import RMSNorm
+from llama4_jax.model.transfer import initial_stddev
 
 
 @struct.dataclass
@@ -93,7 +94,9 @@ class Embedding(nn.Module):
 
     def setup(self):
         c = self.config
-        self.embedding = self.param("embedding", normal(c.initializer_range, ("vocab", "embed")), (c.vocab_size, c.hidden_size))
+        self.embedding = self.param(
+            "embedding", normal(initial_stddev(c, "table"), ("vocab", "embed")), (c.vocab_size, c.hidden_size)
+        )
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         return jnp.take(self.embedding, tokens, axis=0)
@@ -110,7 +113,7 @@ class Head(nn.Module):
     @nn.compact
     def __call__(self) -> Float[Array, "D V"]:
         c = self.config
-        return self.param("kernel", normal(c.initializer_range, ("embed", "vocab")), (c.hidden_size, c.vocab_size))
+        return self.param("kernel", normal(initial_stddev(c, "readout"), ("embed", "vocab")), (c.hidden_size, c.vocab_size))
 
 
 @partial(jax.jit, static_argnums=0)

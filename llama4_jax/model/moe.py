@@ -7,8 +7,8 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from llama4_jax.config import ExecutionConfig, ModelConfig
-from llama4_jax.model.attention import residual_stddev
 from llama4_jax.model.linear import Linear, expert_ffn, normal, project, swiglu
+from llama4_jax.model.transfer import initial_stddev
 
 
 @struct.dataclass
@@ -66,7 +66,7 @@ class Router(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "M D"]) -> Routing:
         c = self.config
-        init = normal(c.initializer_range, ("embed", "router_experts"))
+        init = normal(initial_stddev(c, "readout"), ("embed", "router_experts"))
         kernel = self.param("kernel", init, (c.hidden_size, c.num_experts), jnp.float32)
         with jax.default_matmul_precision("float32"):
             logits = project(x.astype(jnp.float32), kernel)  # [M, E]
@@ -85,9 +85,9 @@ class DenseFFN(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        D = self.config.hidden_size
-        gate_up = Linear((D, 2, self.size), ("embed", None, "ffn"), self.config.initializer_range, name="gate_up")
-        down = Linear((self.size, D), ("ffn", "embed"), residual_stddev(self.config), name="down")
+        c = self.config
+        gate_up = Linear((c.hidden_size, 2, self.size), ("embed", None, "ffn"), initial_stddev(c, "matrix"), name="gate_up")
+        down = Linear((self.size, c.hidden_size), ("ffn", "embed"), initial_stddev(c, "residual"), name="down")
         return down(swiglu(gate_up(x)))
 
 
@@ -113,8 +113,9 @@ class Experts(nn.Module):
     def __call__(self, x: Float[Array, "M D"], routing: Routing) -> Float[Array, "M D"]:
         c = self.config
         E, D, F = c.num_experts, c.hidden_size, c.expert_ffn_size
-        gate_up = ExpertKernel((E, D, 2, F), ("experts", "embed", None, "ffn"), c.initializer_range, name="gate_up")()
-        down = ExpertKernel((E, F, D), ("experts", "ffn", "embed"), residual_stddev(c), name="down")()
+        axes = ("experts", "embed", None, "ffn")
+        gate_up = ExpertKernel((E, D, 2, F), axes, initial_stddev(c, "matrix"), name="gate_up")()
+        down = ExpertKernel((E, F, D), ("experts", "ffn", "embed"), initial_stddev(c, "residual"), name="down")()
         return expert_ffn(x, routing.experts, routing.scores, gate_up, down, implementation=self.execution.expert_ffn)
 
 

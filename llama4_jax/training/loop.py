@@ -94,7 +94,7 @@ class _Sitting:
     ):
         self.experiment, self.run, self.mesh, self.checkpoints, self.stop = experiment, run, mesh, checkpoints, stop
         self.model = Llama4(experiment.model, experiment.execution)
-        self.optimizer = make_optimizer(experiment.optimizer, experiment.steps)
+        self.optimizer = make_optimizer(experiment.optimizer, experiment.steps, experiment.model)
         self.state_shape = abstract_state(self.model, self.optimizer, experiment.optimizer.trainable, mesh)
         self.corpus = prepare_corpus(
             experiment.data,
