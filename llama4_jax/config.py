@@ -121,8 +121,8 @@ class VisionConfig:
 class Transfer:
     """The size at which learning rate and initializer_range were tuned; see model/transfer.py for what follows."""
 
-    base_width: int  # hidden_size there
-    base_depth: int  # num_layers there
+    base_width: int = 256  # hidden_size there
+    base_depth: int = 4  # num_layers there
 
     def __post_init__(self):
         _require_positive(self, "base_width", "base_depth")
