@@ -264,7 +264,7 @@ def test_each_epoch_holds_every_row_once_in_another_order(corpus, config):
     first, second = rows_of(take(batches, size)), rows_of(take(batches, size))
     assert sorted(first) == sorted(second) == sorted(rows_of([corpus.train.batch(range(size))]))
     assert first != second
-    assert batches.epochs == 2
+    assert batches.epochs == {config.sources[0]: 2}
     assert first != rows_of(take(train_batches(corpus, dataclasses.replace(config, shuffle_seed=1)), size))
 
 

@@ -1,0 +1,477 @@
+"""A corpus tokenised once: ArrayRecord shards of token ids, and a manifest that says what they are.
+
+    manifest.json                   settings, sources, counts, and of each shard its size and checksum
+    tokenizer.json                  the tokenizer, whatever it came from
+    heldout.txt                     the held-out documents end to end, in UTF-8
+    train-00-00000.array_record     part, source, number: a record holds a document's ids, as little-endian uint16 or uint32
+    train-00-00000.lengths.npy      how many ids each record has, so that packing needs to read none of them
+
+One process reads, deduplicates and splits the sources; others tokenise and write a shard each. A shard is in the manifest once
+it is whole, so after a kill the finished ones stay, provided that the text that goes into them is still the same.
+"""
+
+import concurrent.futures
+import dataclasses
+import functools
+import hashlib
+import json
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Iterator
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from jaxtyping import Int, Integer
+from tqdm import tqdm
+
+from llama4_jax.config import DataConfig
+from llama4_jax.data.digest import ContentDigest, hash_file
+from llama4_jax.data.documents import (
+    describe_tokenizer,
+    make_tokenizer,
+    require_both_parts,
+    require_lossless,
+    split_documents,
+    token_dtype,
+    tokenize,
+)
+from llama4_jax.data.sources import Document, iterate_source
+from llama4_jax.errors import UserError
+from llama4_jax.processing.tokenizer import Tokenizer
+
+MANIFEST, TOKENIZER_FILE, HELDOUT_TEXT = "manifest.json", "tokenizer.json", "heldout.txt"
+_FORMAT = 1  # rises when the same input would give other shards
+_SHARD_BYTES = 1 << 27  # of text
+_OPEN_READERS = 256
+_LONG_DOCUMENT = 1 << 16  # tokens from which a document is kept for its next piece
+_PARTS = ("train", "heldout")
+
+# ------------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def prepare_shards(
+    config: DataConfig,
+    directory: str | Path,
+    *,
+    vocab_size: int,
+    processes: int = 1,
+    shard_bytes: int = _SHARD_BYTES,
+    progress: bool = True,
+) -> dict:
+    """Tokenises the sources of `config` into `directory`, or goes on where an interrupted call stopped; returns the manifest.
+
+    Args:
+        config: the data; what only concerns batches is not looked at.
+        directory: made if need be.
+        vocab_size: the model's; a BPE trained here has at most that many tokens.
+        processes: that tokenise, beside the one that reads. The shards do not depend on their number.
+        shard_bytes: text in a shard, but for a single document that is longer.
+        progress: show a bar.
+
+    Raises UserError for every fault of the sources or the tokenizer; when `directory` cannot be written, holds other things, or
+    was begun with other settings or from other text; and when shards of a finished one are damaged.
+    """
+    if not config.sources:
+        raise UserError("DataConfig.sources is empty: give files, folders or python:stdlib")
+    directory = Path(directory)
+    settings = _settings(config) | {"vocab_size": vocab_size, "shard_bytes": shard_bytes}
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        manifest = _read_manifest(directory, missing_ok=True)
+        if manifest is None:
+            if any(directory.iterdir()):
+                raise UserError(f"{directory} is not empty and has no {MANIFEST}: choose another --out")
+            manifest = {"format": _FORMAT, "settings": settings, "finished": False, "shards": {}}
+            _write_manifest(directory, manifest)
+        _require_same_settings(manifest["settings"], settings, directory)
+        if manifest["finished"]:
+            _verify(directory, manifest, progress)
+        else:
+            _prepare(config, directory, manifest, processes, progress)
+    except OSError as error:
+        raise UserError(f"cannot write the prepared data to {directory}: {error.strerror or error}") from None
+    return manifest
+
+
+def _settings(config: DataConfig) -> dict:
+    """What decides the shards, as JSON, but for the size of vocabulary and shards."""
+    return {
+        "sources": list(config.sources),
+        "heldout_sources": list(config.heldout_sources),
+        "heldout_fraction": None if config.heldout_sources else config.heldout_fraction,
+        "text_field": config.text_field,
+        "deduplicate": config.deduplicate,
+        "tokenizer": describe_tokenizer(config),
+    }
+
+
+def _prepare(config: DataConfig, directory: Path, manifest: dict, processes: int, progress: bool) -> None:
+    _require_tokenizer(config, directory, manifest, progress)
+    tally = _Tally(config)
+    shards = manifest["shards"]
+    bar = tqdm(desc="tokenising", unit="B", unit_scale=True, delay=2, disable=not progress)
+    with bar, open(directory / HELDOUT_TEXT, "wb") as heldout_text, _Workers(directory, config, processes) as workers:
+        for task in _tasks(_documents(config, tally), directory, heldout_text, manifest["settings"]["shard_bytes"]):
+            finished = shards.get(task.name)
+            if finished is None:
+                workers.submit(task, functools.partial(_note_shard, directory, manifest, bar))
+            elif (
+                finished["text"] != task.content or (directory / f"{task.name}.array_record").stat().st_size != finished["size"]
+            ):
+                raise UserError(
+                    f"{directory} was begun from other text than the sources hold now (shard {task.name}): "
+                    "delete the folder or choose another --out"
+                )
+            else:
+                bar.update(finished["bytes"])
+    tally.count_shards(shards)
+    require_both_parts(config, tally.counts["train_documents"], tally.counts["heldout_documents"])
+    manifest |= {
+        "shards": dict(sorted(shards.items())),
+        "sources": tally.sources,
+        "counts": tally.counts,
+        "files": {name: hash_file(directory / name) for name in (TOKENIZER_FILE, HELDOUT_TEXT)},
+        "finished": True,
+    }
+    _write_manifest(directory, manifest)
+
+
+def _require_tokenizer(config: DataConfig, directory: Path, manifest: dict, progress: bool) -> None:
+    path = directory / TOKENIZER_FILE
+    if manifest["settings"]["vocab_size"] and path.exists():  # appears whole
+        return
+    bar = tqdm(desc="training the tokenizer", unit=" documents", delay=2, disable=not (progress and config.tokenizer == "bpe"))
+    documents = _documents(config, None)
+    texts = (document.text for _, document, part in documents if part == "train" and not bar.update())
+    tokenizer = make_tokenizer(config, manifest["settings"]["vocab_size"], texts)
+    bar.close()
+    tokenizer.save(path.with_suffix(".unfinished"))
+    os.replace(path.with_suffix(".unfinished"), path)
+
+
+class _Tally:
+    """Counts of each source, as the manifest has them."""
+
+    def __init__(self, config: DataConfig):
+        self.names = [*config.sources, *config.heldout_sources]
+        self.digests = [ContentDigest() for _ in self.names]
+        self.duplicates = [0] * len(self.names)
+        self.sources: list[dict] = []
+        self.counts: dict[str, int] = {}
+
+    def count_shards(self, shards: dict[str, dict]) -> None:
+        def total(part, what, source=None):
+            return sum(s[what] for s in shards.values() if s["part"] == part and source in (None, s["source"]))
+
+        kinds = ("documents", "tokens", "bytes")
+        for i, name in enumerate(self.names):
+            own = {part: {kind: total(part, kind, i) for kind in kinds} for part in _PARTS}
+            self.sources.append({"source": name} | self.digests[i].summary() | {"dropped_duplicates": self.duplicates[i]} | own)
+        self.counts = {
+            "documents": sum(source["documents"] for source in self.sources),
+            "dropped_duplicates": sum(self.duplicates),
+        } | {f"{part}_{kind}": total(part, kind) for kind in kinds for part in _PARTS}
+
+
+def _documents(config: DataConfig, tally: _Tally | None) -> Iterator[tuple[int, Document, str]]:
+    """Source, document and part of every document, those of held-out sources first."""
+    numbered = list(enumerate([*config.sources, *config.heldout_sources]))
+    numbered = numbered[len(config.sources) :] + numbered[: len(config.sources)]
+    documents = chain.from_iterable(
+        ((i, document) for document in iterate_source(source, config.text_field)) for i, source in numbered
+    )
+    for i, document, part in split_documents(config, documents):
+        if tally is not None:
+            tally.digests[i].add(document)
+            tally.duplicates[i] += part == "duplicate"
+        yield i, document, part
+
+
+@dataclasses.dataclass(frozen=True)
+class _Task:
+    """The documents of one shard."""
+
+    part: str
+    source: int
+    number: int
+    documents: list[Document]
+    content: str  # hash of the documents
+
+    @property
+    def name(self) -> str:
+        return f"{self.part}-{self.source:02}-{self.number:05}"
+
+
+def _tasks(documents, directory: Path, heldout_text, shard_bytes: int) -> Iterator[_Task]:
+    """Documents of one part and source, grouped in order."""
+    open_groups: dict[tuple[str, int], list[Document]] = {}
+    sizes: dict[tuple[str, int], int] = {}
+    numbers: dict[tuple[str, int], int] = {}
+
+    def task(key):
+        group = open_groups.pop(key)
+        digest = ContentDigest()
+        for document in group:
+            digest.add(document)
+        numbers[key] = numbers.get(key, -1) + 1
+        return _Task(*key, numbers[key], group, digest.summary()["content"])
+
+    for source, document, part in documents:
+        if part == "duplicate":
+            continue
+        key, size = (part, source), len(document.text.encode())
+        if part == "heldout":
+            heldout_text.write(document.text.encode())
+        if key in open_groups and sizes[key] + size > shard_bytes:
+            yield task(key)
+        sizes[key] = size + (sizes[key] if key in open_groups else 0)
+        open_groups.setdefault(key, []).append(document)
+    for key in sorted(open_groups):
+        yield task(key)
+
+
+class _Workers:
+    """Processes that write shards, or none: then this one writes them. What they return is noted in this process."""
+
+    def __init__(self, directory: Path, config: DataConfig, processes: int):
+        self._lossless = config.tokenizer != "bpe"
+        self._directory, self._processes = directory, processes
+        self._running: dict[concurrent.futures.Future, Callable] = {}
+        self._pool = None
+
+    def __enter__(self) -> "_Workers":
+        if self._processes > 1:
+            # Not forked: this process may have threads by now.
+            self._pool = concurrent.futures.ProcessPoolExecutor(
+                self._processes, multiprocessing.get_context("spawn"), initializer=_end_with_parent
+            )
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        try:
+            if kind is None:
+                self._settle(0)
+        finally:
+            if self._pool is not None:
+                self._pool.shutdown(cancel_futures=True)
+
+    def submit(self, task: _Task, note: Callable[[str, dict], None]) -> None:
+        if self._pool is None:
+            note(task.name, _write_shard(self._directory, task, self._lossless))
+            return
+        self._running[self._pool.submit(_write_shard, self._directory, task, self._lossless)] = functools.partial(
+            note, task.name
+        )
+        self._settle(2 * self._processes - 1)  # the reader stays at most that far ahead
+
+    def _settle(self, most: int) -> None:
+        while len(self._running) > most:
+            done, _ = concurrent.futures.wait(self._running, return_when=concurrent.futures.FIRST_COMPLETED)
+            for future in done:
+                self._running.pop(future)(future.result())
+
+
+def _end_with_parent() -> None:
+    """A killed parent would leave its workers waiting for ever."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+@functools.lru_cache(maxsize=1)
+def _tokenizer(path: Path) -> Tokenizer:
+    return Tokenizer.load(path)
+
+
+def _write_shard(directory: Path, task: _Task, lossless: bool) -> dict:
+    """Writes a shard whole or not at all; returns what the manifest says of it."""
+    tokenizer = _tokenizer(directory / TOKENIZER_FILE)
+    path = directory / f"{task.name}.array_record"
+    unfinished = path.with_suffix(".unfinished")
+    lengths = []
+    try:
+        writer = ArrayRecordWriter(str(unfinished), "group_size:1,zstd:1")  # a group is what a random read decompresses
+        texts = [document.text for document in task.documents]
+        for document, ids in zip(task.documents, tokenize(tokenizer, texts), strict=True):
+            if lossless and task.part == "heldout":
+                require_lossless(tokenizer, document, ids[1:-1])
+            writer.write(ids.tobytes())
+            lengths.append(len(ids))
+        writer.close()
+    except RuntimeError as error:
+        raise UserError(f"cannot write {path}: {' '.join(str(error).split())}") from None
+    np.save(directory / f"{task.name}.lengths.npy", np.array(lengths, np.uint32))
+    entry = {
+        "part": task.part,
+        "source": task.source,
+        "documents": len(lengths),
+        "tokens": sum(lengths),
+        "bytes": sum(len(text.encode()) for text in texts),
+        "text": task.content,
+        "size": unfinished.stat().st_size,
+        "checksum": hash_file(unfinished),
+        "lengths": hash_file(directory / f"{task.name}.lengths.npy"),
+    }
+    os.replace(unfinished, path)
+    return entry
+
+
+def _note_shard(directory: Path, manifest: dict, bar, name: str, entry: dict) -> None:
+    manifest["shards"][name] = entry
+    _write_manifest(directory, manifest)
+    bar.update(entry["bytes"])
+
+
+def _write_manifest(directory: Path, manifest: dict) -> None:
+    unfinished = directory / f"{MANIFEST}.unfinished"
+    unfinished.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    os.replace(unfinished, directory / MANIFEST)
+
+
+def _verify(directory: Path, manifest: dict, progress: bool) -> None:
+    """Reads every file of a finished folder. Raises UserError for one that is damaged."""
+    files = dict(manifest["files"])
+    for name, shard in manifest["shards"].items():
+        files |= {f"{name}.array_record": shard["checksum"], f"{name}.lengths.npy": shard["lengths"]}
+    for name, content in tqdm(files.items(), "verifying", unit=" files", delay=2, disable=not progress):
+        if hash_file(directory / name) != content:
+            raise UserError(f"the prepared data file {directory / name} is damaged: delete {directory} to make it anew")
+
+
+# ------------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Shards:
+    """A finished folder of shards, opened."""
+
+    directory: Path
+    tokenizer: Tokenizer
+    sources: tuple[str, ...]  # of the training documents
+    train: "ShardedDocuments"
+    heldout: "ShardedDocuments"
+    counts: dict[str, int]
+    fingerprint: str  # equal fingerprints, equal documents in an equal order
+
+
+def load_shards(config: DataConfig) -> Shards:
+    """Opens the folder `config.prepared`, and compares its settings with `config` when that names sources too.
+
+    Raises UserError when it is missing, unfinished, damaged, or of other settings.
+    """
+    directory = Path(config.prepared).expanduser()
+    manifest = _read_manifest(directory)
+    if not manifest["finished"]:
+        raise UserError(f"{directory} is unfinished: run python -m llama4_jax.prepare again with --out={directory}")
+    settings = manifest["settings"]
+    if config.sources:
+        now = _settings(config) | {key: settings[key] for key in ("vocab_size", "shard_bytes")}
+        _require_same_settings(settings, now, directory, "; or set data.sources to nothing to take the folder as it is")
+    for name, content in manifest["files"].items():
+        if hash_file(directory / name) != content:
+            raise UserError(f"the prepared data file {directory / name} is damaged: prepare the data anew")
+    tokenizer = Tokenizer.load(directory / TOKENIZER_FILE)
+    decisive = {name: shard["checksum"] for name, shard in manifest["shards"].items()} | manifest["files"]
+    return Shards(
+        directory=directory,
+        tokenizer=tokenizer,
+        sources=tuple(settings["sources"]),
+        train=ShardedDocuments(directory, manifest, "train", token_dtype(tokenizer)),
+        heldout=ShardedDocuments(directory, manifest, "heldout", token_dtype(tokenizer)),
+        counts=manifest["counts"],
+        fingerprint=hashlib.blake2b(json.dumps(decisive, sort_keys=True).encode(), digest_size=16).hexdigest(),
+    )
+
+
+class ShardedDocuments:
+    """The documents of one part, in the order of the shards' names; their lengths in memory, their ids on disk."""
+
+    def __init__(self, directory: Path, manifest: dict, part: str, dtype: np.dtype):
+        """Raises UserError for a shard that is missing or not as long as the manifest says."""
+        shards = {name: shard for name, shard in manifest["shards"].items() if shard["part"] == part}
+        self._paths = [directory / f"{name}.array_record" for name in shards]
+        self._dtype = dtype
+        lengths = []
+        for name, path in zip(shards, self._paths, strict=True):
+            if not path.is_file() or path.stat().st_size != shards[name]["size"]:
+                raise UserError(f"the prepared data file {path} is missing or damaged: prepare the data anew")
+            if hash_file(directory / f"{name}.lengths.npy") != shards[name]["lengths"]:
+                raise UserError(f"the prepared data file {directory / name}.lengths.npy is damaged: prepare the data anew")
+            lengths.append(np.load(directory / f"{name}.lengths.npy"))
+        counts = [shard["documents"] for shard in shards.values()]
+        self._starts = np.cumsum([0, *counts])
+        self.lengths = np.concatenate([np.zeros(0, np.uint32), *lengths])
+        self.sources = np.repeat(np.array([shard["source"] for shard in shards.values()], np.int32), counts)
+        self._reader = functools.lru_cache(_OPEN_READERS)(self._open)
+        self._read_long = functools.lru_cache(16)(lambda document: self._read_from_shards(np.array([document]))[0])
+
+    def read(self, documents: Int[np.ndarray, "n"]) -> list[Integer[np.ndarray, "tokens"]]:
+        """The ids of these documents. Raises UserError when a shard turns out to be damaged."""
+        distinct, place = np.unique(documents, return_inverse=True)
+        long = self.lengths[distinct] > _LONG_DOCUMENT
+        ids = dict(zip(distinct[~long], self._read_from_shards(distinct[~long]), strict=True))
+        ids |= {document: self._read_long(int(document)) for document in distinct[long]}
+        return [ids[document] for document in distinct[place]]
+
+    def _read_from_shards(self, documents: Int[np.ndarray, "n"]) -> list[np.ndarray]:
+        """Sorted documents."""
+        found = []
+        shards = np.searchsorted(self._starts, documents, side="right") - 1
+        for shard in np.unique(shards):
+            own = documents[shards == shard]
+            try:
+                records = self._reader(int(shard)).read((own - self._starts[shard]).tolist())
+            except RuntimeError as error:
+                raise UserError(f"{self._paths[shard]} is damaged: {' '.join(str(error).split())}") from None
+            found += [np.frombuffer(record, self._dtype) for record in records]
+        for document, ids in zip(documents, found, strict=True):
+            if len(ids) != self.lengths[document]:
+                raise UserError(f"document {document} has {len(ids)} tokens on disk, not {self.lengths[document]}")
+        return found
+
+    def _open(self, shard: int) -> ArrayRecordReader:
+        # Random reads: what a read-ahead would fetch is never wanted.
+        reader = ArrayRecordReader(str(self._paths[shard]), options="readahead_buffer_size:0", file_reader_buffer_size=1 << 15)
+        if not reader.ok():  # it would count no records, and say nothing
+            raise UserError(f"{self._paths[shard]} is no ArrayRecord file, or was cut short: prepare the data anew")
+        return reader
+
+
+# ------------------------------------------------------------------------------------------------------------------------
+# The manifest
+
+
+def _read_manifest(directory: Path, missing_ok: bool = False) -> dict | None:
+    path = directory / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if manifest["format"] != _FORMAT:
+            raise UserError(f"{path} is of format {manifest['format']}, not {_FORMAT}: prepare the data anew")
+        manifest["settings"], manifest["finished"], manifest["shards"]
+    except UserError:
+        raise
+    except (FileNotFoundError, NotADirectoryError):
+        if missing_ok:
+            return None
+        raise UserError(
+            f"{directory} holds no prepared data: python -m llama4_jax.prepare --out={directory} makes them"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}): delete {directory} to make it anew") from None
+    return manifest
+
+
+def _require_same_settings(then: dict, now: dict, directory: Path, way_out: str = "") -> None:
+    changes = [
+        f"{key} was {then.get(key)}, now {now.get(key)}" for key in sorted({*then, *now}) if then.get(key) != now.get(key)
+    ]
+    if changes:
+        raise UserError(
+            f"the prepared data in {directory} are of other settings: {'; '.join(changes)}. Undo the change, choose another "
+            f"folder, or delete that one{way_out}"
+        )
