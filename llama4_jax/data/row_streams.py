@@ -5,7 +5,9 @@ windows only the lengths of their documents are looked at here, so a corpus of a
 memory, and each process reads the tokens of its own rows alone. The place in a stream is three counters.
 """
 
+import functools
 import zlib
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -14,13 +16,24 @@ from jaxtyping import Int
 
 from llama4_jax.data.packing import Documents, PackedRows, PackingPlan, plan_packing
 
+_LISTED = 1 << 16
 _WINDOW_TOKENS = 1 << 24
 _WINDOW_ROWS = (64, 1024)  # fewest, most: a window's last row is the one that packing cannot fill
 
 
-def _shuffled(index: int, size: int, seed: int) -> int:
-    """Where a permutation of `size` things, chosen by `seed`, has its `index`-th: no list of them is made."""
-    return index_shuffle(index, max_index=size - 1, seed=seed, rounds=4)
+Order = Callable[[int], int]  # where the thing is that comes at this place
+
+
+def _grain_order(size: int, seed: int) -> Order:
+    """A permutation without a list of it."""
+    return functools.partial(index_shuffle, max_index=size - 1, seed=seed, rounds=4)
+
+
+def _order(size: int, seed: int) -> Order:
+    # Grain's permutes 2**16 places at least and skips those beyond the size: milliseconds a place for the smallest.
+    if size > _LISTED:
+        return _grain_order(size, seed)
+    return np.random.RandomState(seed).permutation(size).item  # this class, for NumPy never changes what it draws
 
 
 class Windows(Protocol):
@@ -28,8 +41,8 @@ class Windows(Protocol):
 
     per_epoch: int
 
-    def window(self, epoch: int, number: int) -> tuple[PackedRows, int]:
-        """The rows of a window, and the seed that orders them."""
+    def window(self, epoch: int, number: int) -> tuple[PackedRows, Order]:
+        """The rows of a window, and the order in which they come."""
 
 
 class WholePool:
@@ -40,8 +53,8 @@ class WholePool:
     def __init__(self, rows: PackedRows, seed: int):
         self._rows, self._seed = rows, seed
 
-    def window(self, epoch: int, number: int) -> tuple[PackedRows, int]:
-        return self._rows, (self._seed + epoch) % 2**32
+    def window(self, epoch: int, number: int) -> tuple[PackedRows, Order]:
+        return self._rows, _grain_order(len(self._rows), (self._seed + epoch) % 2**32)
 
 
 class StreamedPool:
@@ -55,12 +68,13 @@ class StreamedPool:
         window_rows = int(np.clip(_WINDOW_TOKENS // rows.sequence_length, *_WINDOW_ROWS))
         self.per_epoch = min(max(1, round(tokens / (window_rows * rows.sequence_length))), len(members))
 
-    def window(self, epoch: int, number: int) -> tuple[PackedRows, int]:
+    def window(self, epoch: int, number: int) -> tuple[PackedRows, Order]:
         size = len(self._members)
-        seed = zlib.crc32(f"{self._seed} {epoch}".encode())
+        order = _order(size, zlib.crc32(f"{self._seed} {epoch}".encode()))
         places = range(size * number // self.per_epoch, size * (number + 1) // self.per_epoch)
-        documents = np.array([self._members[_shuffled(place, size, seed)] for place in places], np.int64)
-        return self._rows.pack(np.sort(documents)), zlib.crc32(f"{self._seed} {epoch} {number}".encode())
+        documents = np.array([self._members[order(place)] for place in places], np.int64)
+        rows = self._rows.pack(np.sort(documents))
+        return rows, _order(len(rows), zlib.crc32(f"{self._seed} {epoch} {number}".encode()))
 
 
 class StreamedRows:
@@ -97,7 +111,7 @@ class RowStream:
             epoch, window = divmod(self._epoch * self._pool.per_epoch + self._window + 1, self._pool.per_epoch)
             self.set_state({"epoch": epoch, "window": window, "row": 0})
         self._row += 1
-        return self._rows.row(_shuffled(self._row - 1, len(self._rows), self._order_seed))
+        return self._rows.row(self._order(self._row - 1))
 
     @property
     def epochs(self) -> float:
@@ -109,4 +123,4 @@ class RowStream:
 
     def set_state(self, state: dict[str, int]) -> None:
         self._epoch, self._window, self._row = state["epoch"], state["window"], state["row"]
-        self._rows, self._order_seed = self._pool.window(self._epoch, self._window)
+        self._rows, self._order = self._pool.window(self._epoch, self._window)
