@@ -204,7 +204,7 @@ def test_damage_is_found(config, prepared, tmp_path, name):
         corpus.train.documents.read(np.arange(len(corpus.train.documents.lengths)))
 
     flipped = bytearray(whole)
-    flipped[70_000 if len(whole) > 70_000 else -1] ^= 1
+    flipped[1000 if name.endswith("array_record") else -1] ^= 1
     for content in (bytes(flipped), whole[:-1], None):
         path.unlink(missing_ok=True)
         if content is not None:
