@@ -14,19 +14,18 @@ from absl import flags
 from llama4_jax import app
 from llama4_jax.errors import UserError
 
-if "config" not in flags.FLAGS:  # tests import several apps
-    flags.DEFINE_string(
-        "config", None, "Python file whose get_config() returns an Experiment; override by --config.FIELD=VALUE"
-    )
+_CONFIG = flags.DEFINE_string(
+    "config", None, "Python file whose get_config() returns an Experiment; override fields by --config.FIELD=VALUE"
+)
 _OUT = flags.DEFINE_string("out", None, "folder of the shards; an interrupted preparation goes on there")
 _PROCESSES = flags.DEFINE_integer("processes", os.cpu_count(), "processes that tokenise", lower_bound=1)
 _SHARD_MB = flags.DEFINE_integer("shard_mb", 128, "megabytes of text in a shard", lower_bound=1)
 
 
 def main(overrides: dict[str, str]) -> int:
-    if flags.FLAGS.config is None or _OUT.value is None:
+    if _CONFIG.value is None or _OUT.value is None:
         raise UserError("--config=FILE and --out=DIR are both needed")
-    experiment = app.load_experiment(flags.FLAGS.config, overrides)
+    experiment = app.load_experiment(_CONFIG.value, overrides)
     from llama4_jax.data.shards import prepare_shards  # after the flags: a misspelt one answers at once
 
     manifest = prepare_shards(

@@ -110,7 +110,7 @@ def _settings(config: DataConfig) -> dict:
 
 
 def _prepare(config: DataConfig, directory: Path, manifest: dict, processes: int, progress: bool) -> None:
-    _require_tokenizer(config, directory, manifest, progress)
+    _require_tokenizer(config, directory, manifest["settings"]["vocab_size"], progress)
     tally = _Tally(config)
     shards = manifest["shards"]
     bar = tqdm(desc="tokenising", unit="B", unit_scale=True, delay=2, disable=not progress)
@@ -140,15 +140,14 @@ def _prepare(config: DataConfig, directory: Path, manifest: dict, processes: int
     _write_manifest(directory, manifest)
 
 
-def _require_tokenizer(config: DataConfig, directory: Path, manifest: dict, progress: bool) -> None:
+def _require_tokenizer(config: DataConfig, directory: Path, vocab_size: int, progress: bool) -> None:
     path = directory / TOKENIZER_FILE
-    if manifest["settings"]["vocab_size"] and path.exists():  # appears whole
+    if path.exists():  # it appears whole
         return
-    bar = tqdm(desc="training the tokenizer", unit=" documents", delay=2, disable=not (progress and config.tokenizer == "bpe"))
-    documents = _documents(config, None)
-    texts = (document.text for _, document, part in documents if part == "train" and not bar.update())
-    tokenizer = make_tokenizer(config, manifest["settings"]["vocab_size"], texts)
-    bar.close()
+    show = progress and config.tokenizer == "bpe"
+    documents = tqdm(_documents(config, None), "training the tokenizer", unit=" documents", delay=2, disable=not show)
+    texts = (document.text for _, document, part in documents if part == "train")
+    tokenizer = make_tokenizer(config, vocab_size, texts)
     tokenizer.save(path.with_suffix(".unfinished"))
     os.replace(path.with_suffix(".unfinished"), path)
 
