@@ -67,7 +67,7 @@ def prepare_shards(
     Args:
         config: the data; what only concerns batches is not looked at.
         directory: made if need be.
-        vocab_size: the model's; a BPE trained here has at most that many tokens.
+        vocab_size: the model's; no tokenizer may have more tokens, and a BPE is trained to have as many.
         processes: that tokenise, beside the one that reads. The shards do not depend on their number.
         shard_bytes: text in a shard, but for a single document that is longer.
         progress: show a bar.
@@ -78,7 +78,7 @@ def prepare_shards(
     if not config.sources:
         raise UserError("DataConfig.sources is empty: give files, folders or python:stdlib")
     directory = Path(directory)
-    settings = _settings(config) | {"vocab_size": vocab_size, "shard_bytes": shard_bytes}
+    settings = _settings(config) | {"vocab_size": vocab_size if config.tokenizer == "bpe" else None, "shard_bytes": shard_bytes}
     try:
         directory.mkdir(parents=True, exist_ok=True)
         manifest = _read_manifest(directory, missing_ok=True)
@@ -91,6 +91,7 @@ def prepare_shards(
         if manifest["finished"]:
             _verify(directory, manifest, progress)
         else:
+            _require_tokenizer(config, directory, vocab_size, progress)
             _prepare(config, directory, manifest, processes, progress)
     except OSError as error:
         raise UserError(f"cannot write the prepared data to {directory}: {error.strerror or error}") from None
@@ -110,7 +111,6 @@ def _settings(config: DataConfig) -> dict:
 
 
 def _prepare(config: DataConfig, directory: Path, manifest: dict, processes: int, progress: bool) -> None:
-    _require_tokenizer(config, directory, manifest["settings"]["vocab_size"], progress)
     tally = _Tally(config)
     shards = manifest["shards"]
     bar = tqdm(desc="tokenising", unit="B", unit_scale=True, delay=2, disable=not progress)

@@ -69,6 +69,10 @@ def _local_files(source: str) -> Iterator[_File]:
     path = Path(source).expanduser()
     if not path.exists():
         raise UserError(f"no data at {source}: give a file, a folder or {PYTHON_STDLIB}")
+    if (path / "manifest.json").is_file() and (path / "tokenizer.json").is_file():
+        raise UserError(
+            f"{source} holds token ids that llama4_jax.prepare made: name it in data.prepared, not among the sources"
+        )
     names = [path.name]
     if path.is_dir():
         found = []

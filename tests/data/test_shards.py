@@ -223,7 +223,7 @@ def test_a_damaged_or_foreign_manifest_is_refused(config, prepared, tmp_path, ma
             use()
 
 
-def test_other_bad_folders_are_one_line(config, tmp_path):
+def test_other_bad_folders_are_one_line(config, prepared, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/precious").write_text("mine")
     with pytest.raises(UserError, match=r"is not empty and has no manifest"):
@@ -232,8 +232,10 @@ def test_other_bad_folders_are_one_line(config, tmp_path):
         prepare_shards(config, tmp_path / "mine/precious/x", **SHARD)
     with pytest.raises(UserError, match=r"holds no prepared data: python -m llama4_jax.prepare --out="):
         load(config, tmp_path / "mine")
+    with pytest.raises(UserError, match=r"name it in data\.prepared, not among the sources"):
+        prepare_shards(dataclasses.replace(config, sources=(str(prepared[0]),)), tmp_path / "new", **SHARD)
     with pytest.raises(UserError, match="sources is empty"):
-        prepare_shards(dataclasses.replace(config, sources=()), tmp_path / "new", **SHARD)
+        prepare_shards(dataclasses.replace(config, sources=()), tmp_path / "newer", **SHARD)
 
 
 def test_a_bad_record_stops_the_preparation_and_names_its_line(config, tmp_path):
