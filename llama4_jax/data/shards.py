@@ -14,12 +14,12 @@ import concurrent.futures
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
 import threading
 from collections.abc import Callable, Iterator
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -115,7 +115,7 @@ def _prepare(config: DataConfig, directory: Path, manifest: dict, processes: int
     shards = manifest["shards"]
     bar = tqdm(desc="tokenising", unit="B", unit_scale=True, delay=2, disable=not progress)
     with bar, open(directory / HELDOUT_TEXT, "wb") as heldout_text, _Workers(directory, config, processes) as workers:
-        for task in _tasks(_documents(config, tally), directory, heldout_text, manifest["settings"]["shard_bytes"]):
+        for task in _tasks(_documents(config, tally), heldout_text, manifest["settings"]["shard_bytes"]):
             finished = shards.get(task.name)
             if finished is None:
                 workers.submit(task, functools.partial(_note_shard, directory, manifest, bar))
@@ -180,7 +180,7 @@ def _documents(config: DataConfig, tally: _Tally | None) -> Iterator[tuple[int, 
     """Source, document and part of every document, those of held-out sources first."""
     numbered = list(enumerate([*config.sources, *config.heldout_sources]))
     numbered = numbered[len(config.sources) :] + numbered[: len(config.sources)]
-    documents = chain.from_iterable(
+    documents = itertools.chain.from_iterable(
         ((i, document) for document in iterate_source(source, config.text_field)) for i, source in numbered
     )
     for i, document, part in split_documents(config, documents):
@@ -205,32 +205,32 @@ class _Task:
         return f"{self.part}-{self.source:02}-{self.number:05}"
 
 
-def _tasks(documents, directory: Path, heldout_text, shard_bytes: int) -> Iterator[_Task]:
+def _tasks(documents, heldout_text, shard_bytes: int) -> Iterator[_Task]:
     """Documents of one part and source, grouped in order."""
-    open_groups: dict[tuple[str, int], list[Document]] = {}
-    sizes: dict[tuple[str, int], int] = {}
+    open_groups: dict[str, list[Document]] = {}  # by part, of the source that is being read
+    sizes: dict[str, int] = {}
     numbers: dict[tuple[str, int], int] = {}
 
-    def task(key):
-        group = open_groups.pop(key)
+    def task(part, source):
         digest = ContentDigest()
-        for document in group:
+        for document in open_groups[part]:
             digest.add(document)
-        numbers[key] = numbers.get(key, -1) + 1
-        return _Task(*key, numbers[key], group, digest.summary()["content"])
+        numbers[part, source] = numbers.get((part, source), -1) + 1
+        return _Task(part, source, numbers[part, source], open_groups.pop(part), digest.summary()["content"])
 
-    for source, document, part in documents:
-        if part == "duplicate":
-            continue
-        key, size = (part, source), len(document.text.encode())
-        if part == "heldout":
-            heldout_text.write(document.text.encode())
-        if key in open_groups and sizes[key] + size > shard_bytes:
-            yield task(key)
-        sizes[key] = size + (sizes[key] if key in open_groups else 0)
-        open_groups.setdefault(key, []).append(document)
-    for key in sorted(open_groups):
-        yield task(key)
+    for source, of_source in itertools.groupby(documents, key=lambda item: item[0]):
+        for _, document, part in of_source:
+            if part == "duplicate":
+                continue
+            text = document.text.encode()
+            if part == "heldout":
+                heldout_text.write(text)
+            if part in open_groups and sizes[part] + len(text) > shard_bytes:
+                yield task(part, source)
+            sizes[part] = len(text) + (sizes[part] if part in open_groups else 0)
+            open_groups.setdefault(part, []).append(document)
+        for part in sorted(open_groups):
+            yield task(part, source)
 
 
 class _Workers:
@@ -271,7 +271,13 @@ class _Workers:
         while len(self._running) > most:
             done, _ = concurrent.futures.wait(self._running, return_when=concurrent.futures.FIRST_COMPLETED)
             for future in done:
-                self._running.pop(future)(future.result())
+                note = self._running.pop(future)
+                try:
+                    note(future.result())
+                except concurrent.futures.process.BrokenProcessPool:
+                    raise UserError(
+                        "a process that tokenised was killed, perhaps for memory: start again to go on, with fewer --processes"
+                    ) from None
 
 
 def _end_with_parent() -> None:
