@@ -112,22 +112,20 @@ def _settings(config: DataConfig) -> dict:
 
 def _prepare(config: DataConfig, directory: Path, manifest: dict, processes: int, progress: bool) -> None:
     tally = _Tally(config)
-    shards = manifest["shards"]
+    shards, wanted = manifest["shards"], set()
     bar = tqdm(desc="tokenising", unit="B", unit_scale=True, delay=2, disable=not progress)
     with bar, open(directory / HELDOUT_TEXT, "wb") as heldout_text, _Workers(directory, config, processes) as workers:
         for task in _tasks(_documents(config, tally), heldout_text, manifest["settings"]["shard_bytes"]):
+            wanted.add(task.name)
             finished = shards.get(task.name)
-            if finished is None:
-                workers.submit(task, functools.partial(_note_shard, directory, manifest, bar))
-            elif (
-                finished["text"] != task.content or (directory / f"{task.name}.array_record").stat().st_size != finished["size"]
-            ):
-                raise UserError(
-                    f"{directory} was begun from other text than the sources hold now (shard {task.name}): "
-                    "delete the folder or choose another --out"
-                )
-            else:
+            if finished is not None:
+                _require_same_text(finished["text"] == task.content, task.name, directory)
+            if finished is not None and _size(directory / f"{task.name}.array_record") == finished["size"]:
                 bar.update(finished["bytes"])
+            else:
+                workers.submit(task, functools.partial(_note_shard, directory, manifest, bar))
+    for name in shards:
+        _require_same_text(name in wanted, name, directory)
     tally.count_shards(shards)
     require_both_parts(config, tally.counts["train_documents"], tally.counts["heldout_documents"])
     manifest |= {
@@ -138,6 +136,18 @@ def _prepare(config: DataConfig, directory: Path, manifest: dict, processes: int
         "finished": True,
     }
     _write_manifest(directory, manifest)
+
+
+def _require_same_text(is_same: bool, shard: str, directory: Path) -> None:
+    if not is_same:
+        raise UserError(
+            f"{directory} was begun from other text than the sources hold now (shard {shard}): "
+            "delete the folder or choose another --out"
+        )
+
+
+def _size(path: Path) -> int | None:
+    return path.stat().st_size if path.is_file() else None
 
 
 def _require_tokenizer(config: DataConfig, directory: Path, vocab_size: int, progress: bool) -> None:

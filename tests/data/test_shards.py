@@ -57,6 +57,13 @@ def texts_of(corpus, documents):
     return [corpus.tokenizer.decode(ids[1:-1]) for ids in documents.read(np.arange(len(documents.lengths)))]
 
 
+def copy(directory, to):
+    to.mkdir()
+    for path in directory.iterdir():
+        (to / path.name).write_bytes(path.read_bytes())
+    return to
+
+
 def contents(directory):
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
@@ -155,10 +162,21 @@ def test_text_that_changed_during_an_interruption_is_noticed(config, tmp_path, m
     )
     with pytest.raises(ZeroDivisionError):
         prepare_shards(config, tmp_path / "shards", **SHARD)
-    source.write_text(source.read_text().replace("w1", "w2"))
-    with pytest.raises(UserError, match="was begun from other text than the sources hold now") as error:
-        prepare_shards(config, tmp_path / "shards", **SHARD)
-    assert "\n" not in str(error.value)
+    lines = source.read_text().splitlines(keepends=True)
+    for changed in (lines[:5], [*lines[:5], *lines[6:]], [line.replace("w1", "w2") for line in lines]):
+        source.write_text("".join(changed))
+        with pytest.raises(UserError, match="was begun from other text than the sources hold now") as error:
+            prepare_shards(config, tmp_path / "shards", **SHARD)
+        assert "\n" not in str(error.value)
+
+
+def test_a_finished_shard_that_went_missing_is_written_again(config, prepared, tmp_path):
+    directory = copy(prepared[0], tmp_path / "shards")
+    manifest = json.loads((directory / "manifest.json").read_text()) | {"finished": False}
+    (directory / "manifest.json").write_text(json.dumps(manifest))
+    (directory / "train-00-00001.array_record").unlink()
+    prepare_shards(config, directory, **SHARD)
+    assert contents(directory) == contents(prepared[0])
 
 
 @pytest.mark.parametrize(
@@ -184,13 +202,6 @@ def test_a_folder_of_other_settings_is_refused(config, prepared, change, kwargs,
 
 def test_a_folder_may_be_read_without_naming_its_sources(config, prepared, corpus):
     assert load(dataclasses.replace(config, sources=()), prepared[0]).fingerprint == corpus.fingerprint
-
-
-def copy(directory, to):
-    to.mkdir()
-    for path in directory.iterdir():
-        (to / path.name).write_bytes(path.read_bytes())
-    return to
 
 
 @pytest.mark.parametrize("name", ["train-00-00000.array_record", "train-00-00000.lengths.npy", "tokenizer.json", "heldout.txt"])
