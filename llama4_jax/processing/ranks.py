@@ -30,6 +30,7 @@ _SPLIT = "|".join(
     )
 )
 _NUM_SPECIAL_TOKENS = 2048
+_LLAMA3_RANKS = 128_000
 
 
 def wheel_file() -> Path:
@@ -73,6 +74,8 @@ def load_ranks(path: Path, keep: int | None = None) -> tokenizers.Tokenizer:
     reserved ones are left out. Raises UserError for a file that is not one, or when a byte is not among the ranks.
     """
     tokens = read_ranks(path)
+    if len(tokens) == _LLAMA3_RANKS:
+        raise UserError(f"{path} is Llama 3's tokenizer, which cuts text by another rule: give Llama 4's tokenizer.model")
     if keep is not None:
         if not 0 < keep <= len(tokens):
             raise UserError(f"DataConfig.tokenizer_ranks={keep} must be 1 to {len(tokens)}, the number of ranks in {path}")

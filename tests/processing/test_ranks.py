@@ -170,6 +170,12 @@ def test_impossible_cuts_are_refused(path, tokens, tmp_path):
         Tokenizer.load(tmp_path / "tokenizer.json", ranks=300)
 
 
+def test_llama_3s_file_of_the_same_name_is_refused(path, tokens, monkeypatch):
+    monkeypatch.setattr(ranks, "_LLAMA3_RANKS", len(tokens))
+    with pytest.raises(UserError, match="is Llama 3's tokenizer"):
+        Tokenizer.load(path)
+
+
 def test_without_llama_models_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'llama4-jax\[llama-tokenizer\]'") as error:
