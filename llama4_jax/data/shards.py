@@ -38,7 +38,7 @@ from llama4_jax.data.documents import (
     token_dtype,
     tokenize,
 )
-from llama4_jax.data.sources import Document, iterate_source
+from llama4_jax.data.sources import Document, iterate_source, source_size
 from llama4_jax.errors import UserError
 from llama4_jax.processing.tokenizer import Tokenizer
 
@@ -113,16 +113,14 @@ def _settings(config: DataConfig) -> dict:
 def _prepare(config: DataConfig, directory: Path, manifest: dict, processes: int, progress: bool) -> None:
     tally = _Tally(config)
     shards, wanted = manifest["shards"], set()
-    bar = tqdm(desc="tokenising", unit="B", unit_scale=True, delay=2, disable=not progress)
+    bar = _bar(config, "tokenising", progress)
     with bar, open(directory / HELDOUT_TEXT, "wb") as heldout_text, _Workers(directory, config, processes) as workers:
-        for task in _tasks(_documents(config, tally), heldout_text, manifest["settings"]["shard_bytes"]):
+        for task in _tasks(_documents(config, bar, tally), heldout_text, manifest["settings"]["shard_bytes"]):
             wanted.add(task.name)
             finished = shards.get(task.name)
             if finished is not None:
                 _require_same_text(finished["text"] == task.content, task.name, directory)
-            if finished is not None and _size(directory / f"{task.name}.array_record") == finished["size"]:
-                bar.update(finished["bytes"])
-            else:
+            if finished is None or _size(directory / f"{task.name}.array_record") != finished["size"]:
                 workers.submit(task, functools.partial(_note_shard, directory, manifest, bar))
     for name in shards:
         _require_same_text(name in wanted, name, directory)
@@ -154,12 +152,17 @@ def _require_tokenizer(config: DataConfig, directory: Path, vocab_size: int, pro
     path = directory / TOKENIZER_FILE
     if path.exists():  # it appears whole
         return
-    show = progress and config.tokenizer == "bpe"
-    documents = tqdm(_documents(config, None), "training the tokenizer", unit=" documents", delay=2, disable=not show)
-    texts = (document.text for _, document, part in documents if part == "train")
-    tokenizer = make_tokenizer(config, vocab_size, texts)
+    with _bar(config, "training the tokenizer", progress and config.tokenizer == "bpe") as bar:
+        texts = (document.text for _, document, part in _documents(config, bar) if part == "train")
+        tokenizer = make_tokenizer(config, vocab_size, texts)
     tokenizer.save(path.with_suffix(".unfinished"))
     os.replace(path.with_suffix(".unfinished"), path)
+
+
+def _bar(config: DataConfig, name: str, enabled: bool) -> tqdm:
+    """Bytes of files that have been read. Those that tokenise are a few shards behind."""
+    total = sum(map(source_size, [*config.sources, *config.heldout_sources])) if enabled else None
+    return tqdm(total=total or None, desc=name, unit="B", unit_scale=True, delay=2, disable=not enabled)
 
 
 class _Tally:
@@ -186,12 +189,12 @@ class _Tally:
         } | {f"{part}_{kind}": total(part, kind) for kind in kinds for part in _PARTS}
 
 
-def _documents(config: DataConfig, tally: _Tally | None) -> Iterator[tuple[int, Document, str]]:
+def _documents(config: DataConfig, bar: tqdm, tally: _Tally | None = None) -> Iterator[tuple[int, Document, str]]:
     """Source, document and part of every document, those of held-out sources first."""
     numbered = list(enumerate([*config.sources, *config.heldout_sources]))
     numbered = numbered[len(config.sources) :] + numbered[: len(config.sources)]
     documents = itertools.chain.from_iterable(
-        ((i, document) for document in iterate_source(source, config.text_field)) for i, source in numbered
+        ((i, document) for document in iterate_source(source, config.text_field, bar.update)) for i, source in numbered
     )
     for i, document, part in split_documents(config, documents):
         if tally is not None:
@@ -338,7 +341,7 @@ def _write_shard(directory: Path, task: _Task, lossless: bool) -> dict:
 def _note_shard(directory: Path, manifest: dict, bar, name: str, entry: dict) -> None:
     manifest["shards"][name] = entry
     _write_manifest(directory, manifest)
-    bar.update(entry["bytes"])
+    bar.set_postfix_str(f"{len(manifest['shards'])} shards", refresh=False)
 
 
 def _write_manifest(directory: Path, manifest: dict) -> None:

@@ -28,6 +28,7 @@ class Document:
 class _File:
     name: str  # within its source
     place: str  # what messages call it
+    size: int  # bytes
     open: Callable[[], BinaryIO]
 
 
@@ -36,32 +37,49 @@ def read_source(source: str, text_field: str = "text") -> list[Document]:
     return list(iterate_source(source, text_field))
 
 
-def iterate_source(source: str, text_field: str = "text") -> Iterator[Document]:
+def iterate_source(
+    source: str, text_field: str = "text", advance: Callable[[int], object] = lambda size: None
+) -> Iterator[Document]:
     """The documents of a source (see DataConfig), in an order that does not depend on the machine.
+
+    `advance` hears how many bytes of files have been read since it last heard; they add up to `source_size`.
 
     Raises UserError for a source that is missing or empty, a file that is damaged or not UTF-8, and a record without text in
     `text_field`; the message names the file and the line or record.
     """
     holds_text = False
-    for document in _documents(source, text_field):
+    for document in _documents(source, text_field, advance):
         holds_text = holds_text or bool(document.text)
         yield document
     if not holds_text:
         raise UserError(f"the data source {source} holds no text")
 
 
-def _documents(source: str, text_field: str) -> Iterator[Document]:
+def source_size(source: str) -> int:
+    """Bytes of the files of a source, for a progress bar; 0 for `python:stdlib`, which is read too fast to need one."""
+    return 0 if source == PYTHON_STDLIB else sum(file.size for file in _files(source))
+
+
+def _documents(source: str, text_field: str, advance: Callable[[int], object]) -> Iterator[Document]:
     if source == PYTHON_STDLIB:
         yield from (Document(name, text) for name, text in python_documents())
         return
-    for file in _remote_files(source) if "://" in source else _local_files(source):
-        read = READERS[suffix_of(file.name)]
+    for file in _files(source):
+        suffix, done = suffix_of(file.name), 0
         try:
             with contextlib.closing(file.open()) as content:
-                for number, text in read(content, file.place, text_field):
+                for number, text in READERS[suffix](content, file.place, text_field):
                     yield Document(file.name if number is None else f"{file.name}:{number}", text)
+                    if suffix.startswith(".jsonl"):  # the others do not read from start to end
+                        done, before = content.tell(), done
+                        advance(done - before)
         except OSError as error:
             raise UserError(f"cannot read {file.place}: {error.strerror or error}") from None
+        advance(file.size - done)
+
+
+def _files(source: str) -> Iterator[_File]:
+    return _remote_files(source) if "://" in source else _local_files(source)
 
 
 def _local_files(source: str) -> Iterator[_File]:
@@ -82,7 +100,14 @@ def _local_files(source: str) -> Iterator[_File]:
         names = found
     for name in _readable(names, str(path), path.is_dir()):
         file = path / name if path.is_dir() else path
-        yield _File(name, str(file), functools.partial(open, file, "rb"))
+        yield _File(name, str(file), _local_size(file), functools.partial(open, file, "rb"))
+
+
+def _local_size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except OSError as error:  # a link to nowhere
+        raise UserError(f"cannot read {file}: {error.strerror}") from None
 
 
 def _remote_files(source: str) -> Iterator[_File]:
@@ -109,7 +134,7 @@ def _remote_files(source: str) -> Iterator[_File]:
     for name in _readable(names, source, is_folder):
         path = f"{root}/{name}" if is_folder else root
         place = f"{source.rstrip('/')}/{name}" if is_folder else source
-        yield _File(name, place, functools.partial(system.open, path, "rb"))
+        yield _File(name, place, system.size(path) or 0, functools.partial(system.open, path, "rb"))
 
 
 def _readable(names: list[str], place: str, is_folder: bool) -> list[str]:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llama4_jax.data import records, tf_example
-from llama4_jax.data.sources import Document, read_source
+from llama4_jax.data.sources import Document, iterate_source, read_source, source_size
 from llama4_jax.errors import UserError
 
 TEXTS = ["one\n", "größe 中文 🦙", "", "x\u2028y\x00"]
@@ -161,6 +161,16 @@ def test_a_missing_library_is_named_with_what_installs_it(tmp_path, monkeypatch,
         read_source(str(tmp_path))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_read_adds_up_to_the_size_of_the_files(tmp_path, kind):
+    for name in ("a", "b"):
+        write(kind, tmp_path / f"{name}.{kind}", [f"{i} {np.random.default_rng(i).random()}" for i in range(3000)])
+    steps = []
+    list(iterate_source(str(tmp_path), advance=steps.append))
+    assert sum(steps) == source_size(str(tmp_path)) == sum(path.stat().st_size for path in tmp_path.iterdir())
+    assert min(steps) >= 0
+
+
 # ------------------------------------------------------------------------------------------------------------------------
 # Behind a URL
 
@@ -184,6 +194,7 @@ def test_a_url_gives_what_a_folder_would(bucket, tmp_path):
         (tmp_path / name).write_bytes(content)
     write("jsonl.zst", tmp_path / "e.jsonl.zst", ["e"])
     bucket.pipe("/bucket/folder/e.jsonl.zst", (tmp_path / "e.jsonl.zst").read_bytes())
+    assert source_size("memory://bucket/folder") == source_size(str(tmp_path))
     assert read_source("memory://bucket/folder") == read_source("memory://bucket/folder/") == read_source(str(tmp_path))
     assert read_source("memory://bucket/folder/b.txt") == [Document("b.txt", "b")]
 
