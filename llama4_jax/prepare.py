@@ -26,7 +26,7 @@ def main(overrides: dict[str, str]) -> int:
     if _CONFIG.value is None or _OUT.value is None:
         raise UserError("--config=FILE and --out=DIR are both needed")
     experiment = app.load_experiment(_CONFIG.value, overrides)
-    from llama4_jax.data.shards import prepare_shards  # after the flags: a misspelt one answers at once
+    from llama4_jax.data.shard_writer import prepare_shards  # after the flags: a misspelt one answers at once
 
     manifest = prepare_shards(
         experiment.data,

@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 
 from llama4_jax.config import DataConfig
-from llama4_jax.data import shards
+from llama4_jax.data import shard_writer, shards
 from llama4_jax.data.deduplicate import SIMILARITY, shingles, similarity
 from llama4_jax.data.packing import check_windows
 from llama4_jax.data.pipeline import heldout_batches, prepare_corpus, train_batches
 from llama4_jax.data.row_streams import StreamedRows
-from llama4_jax.data.shards import prepare_shards
+from llama4_jax.data.shard_writer import prepare_shards
 from llama4_jax.errors import UserError
 
 VOCAB = 300
@@ -123,7 +123,7 @@ def test_long_documents_are_read_whole(config, corpus, prepared, monkeypatch):
 
 def test_an_interrupted_preparation_goes_on_with_what_is_missing(config, prepared, tmp_path, monkeypatch):
     """Killed after some shards, with a half-written one about: the result is that of an unbroken run, byte for byte."""
-    directory, written, write = tmp_path / "shards", [], shards._write_shard
+    directory, written, write = tmp_path / "shards", [], shard_writer._write_shard
 
     def interrupt_after_three(directory, task, lossless):
         if len(written) == 3:
@@ -133,7 +133,7 @@ def test_an_interrupted_preparation_goes_on_with_what_is_missing(config, prepare
         written.append(task.name)
         return write(directory, task, lossless)
 
-    monkeypatch.setattr(shards, "_write_shard", interrupt_after_three)
+    monkeypatch.setattr(shard_writer, "_write_shard", interrupt_after_three)
     with pytest.raises(KeyboardInterrupt):
         prepare_shards(config, directory, **SHARD)
     assert set(json.loads((directory / "manifest.json").read_text())["shards"]) == set(written)
@@ -141,7 +141,9 @@ def test_an_interrupted_preparation_goes_on_with_what_is_missing(config, prepare
         load(config, directory)
 
     again = []
-    monkeypatch.setattr(shards, "_write_shard", lambda d, task, lossless: again.append(task.name) or write(d, task, lossless))
+    monkeypatch.setattr(
+        shard_writer, "_write_shard", lambda d, task, lossless: again.append(task.name) or write(d, task, lossless)
+    )
     prepare_shards(config, directory, **SHARD)
     assert not set(again) & set(written) and len(again) + len(written) == len(prepared[1]["shards"])
     assert contents(directory) == contents(prepared[0])
@@ -156,9 +158,9 @@ def test_text_that_changed_during_an_interruption_is_noticed(config, tmp_path, m
     source = tmp_path / "text.jsonl"
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts(3, 40)))
     config = dataclasses.replace(config, sources=(str(source),))
-    write = shards._write_shard
+    write = shard_writer._write_shard
     monkeypatch.setattr(
-        shards, "_write_shard", lambda d, task, lossless: write(d, task, lossless) if task.number < 2 else 1 / 0
+        shard_writer, "_write_shard", lambda d, task, lossless: write(d, task, lossless) if task.number < 2 else 1 / 0
     )
     with pytest.raises(ZeroDivisionError):
         prepare_shards(config, tmp_path / "shards", **SHARD)
@@ -168,6 +170,13 @@ def test_text_that_changed_during_an_interruption_is_noticed(config, tmp_path, m
         with pytest.raises(UserError, match="was begun from other text than the sources hold now") as error:
             prepare_shards(config, tmp_path / "shards", **SHARD)
         assert "\n" not in str(error.value)
+
+
+def test_a_start_that_failed_before_the_first_shard_leaves_no_settings_behind(config, prepared, tmp_path):
+    with pytest.raises(UserError, match="no data at nowhere"):
+        prepare_shards(dataclasses.replace(config, sources=("nowhere",)), tmp_path / "shards", **SHARD)
+    prepare_shards(config, tmp_path / "shards", **SHARD)
+    assert contents(tmp_path / "shards") == contents(prepared[0])
 
 
 def test_a_finished_shard_that_went_missing_is_written_again(config, prepared, tmp_path):
