@@ -4,10 +4,11 @@ r"""Tokenises the data of an experiment once, into shards that training then rea
     python -m llama4_jax.train --config=experiments/quickstart.py --config.data.prepared=DIR --workdir=RUN
 
 Killed and started again, it goes on with the shards that were not finished; run on a finished folder, it verifies it. Exit
-status: 0 finished, 2 bad input.
+status: 0 finished, 42 stopped by Ctrl-C (start again to go on), 2 bad input.
 """
 
 import os
+import sys
 
 from absl import flags
 
@@ -28,13 +29,17 @@ def main(overrides: dict[str, str]) -> int:
     experiment = app.load_experiment(_CONFIG.value, overrides)
     from llama4_jax.data.shard_writer import prepare_shards  # after the flags: a misspelt one answers at once
 
-    manifest = prepare_shards(
-        experiment.data,
-        _OUT.value,
-        vocab_size=experiment.model.vocab_size,
-        processes=_PROCESSES.value,
-        shard_bytes=_SHARD_MB.value << 20,
-    )
+    try:
+        manifest = prepare_shards(
+            experiment.data,
+            _OUT.value,
+            vocab_size=experiment.model.vocab_size,
+            processes=_PROCESSES.value,
+            shard_bytes=_SHARD_MB.value << 20,
+        )
+    except KeyboardInterrupt:
+        print("stopped: finished shards are kept; run again to go on", file=sys.stderr)
+        return app.PREEMPTED
     print_summary(manifest, _OUT.value)
     return 0
 

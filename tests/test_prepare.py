@@ -58,7 +58,7 @@ def descendants(process):
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds child processes in /proc")
-def test_killed_and_started_again_it_finishes_the_same_shards_and_leaves_no_process(arguments, tmp_path):
+def test_killed_interrupted_and_started_again_it_finishes_the_same_shards_and_leaves_no_process(arguments, tmp_path):
     out = tmp_path / "killed"
     process = subprocess.Popen(command(*arguments, f"--out={out}"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     manifest = out / "manifest.json"
@@ -70,6 +70,16 @@ def test_killed_and_started_again_it_finishes_the_same_shards_and_leaves_no_proc
     assert not kept["finished"] and len(workers) >= 2
     wait_until(lambda: not any(Path(f"/proc/{worker}").exists() for worker in workers))
     before = {name: (out / f"{name}.array_record").stat().st_mtime_ns for name in kept["shards"]}
+
+    # Interrupted by Ctrl-C, which every process of a terminal hears, it says so and leaves no traceback.
+    process = subprocess.Popen(
+        command(*arguments, f"--out={out}"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    wait_until(lambda: len(json.loads(manifest.read_text())["shards"]) > len(kept["shards"]))
+    os.killpg(process.pid, signal.SIGINT)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 42 and output == ""
+    assert "Traceback" not in errors and errors.endswith("finished shards are kept; run again to go on\n")
 
     again = run(*arguments, f"--out={out}")
     assert again.returncode == 0, again.stderr

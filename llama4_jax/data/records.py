@@ -164,8 +164,12 @@ def _decode(content: bytes, place: str) -> str:
 def _require_text(text: object, text_field: str, place: str) -> str:
     if not isinstance(text, str):
         raise UserError(_no_text(text_field, place))
-    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-        raise UserError(f"{place}: the field {text_field!r} holds half of a surrogate pair, which no UTF-8 can express")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{place}: the field {text_field!r} holds half of a surrogate pair, which no UTF-8 can express"
+        ) from None
     return text
 
 

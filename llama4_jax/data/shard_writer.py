@@ -11,6 +11,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -237,7 +238,7 @@ class _Workers:
         if self._processes > 1:
             # Not forked: this process may have threads by now.
             self._pool = concurrent.futures.ProcessPoolExecutor(
-                self._processes, multiprocessing.get_context("spawn"), initializer=_end_with_parent
+                self._processes, multiprocessing.get_context("spawn"), initializer=_start_worker
             )
         return self
 
@@ -271,9 +272,10 @@ class _Workers:
                     ) from None
 
 
-def _end_with_parent() -> None:
-    """A killed parent would leave its workers waiting for ever."""
+def _start_worker() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends without a word: the parent speaks for all
+    # A killed parent would leave its workers waiting for ever.
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
