@@ -281,13 +281,14 @@ def _start_worker() -> None:
 
 
 @functools.lru_cache(maxsize=1)
-def _tokenizer(path: Path) -> Tokenizer:
+def _tokenizer(path: Path, content: str) -> Tokenizer:
+    """Loaded once in a process, while its `content` stays the same."""
     return Tokenizer.load(path)
 
 
 def _write_shard(directory: Path, task: _Task, lossless: bool) -> dict:
     """Writes a shard whole or not at all; returns what the manifest says of it."""
-    tokenizer = _tokenizer(directory / TOKENIZER_FILE)
+    tokenizer = _tokenizer(directory / TOKENIZER_FILE, hash_file(directory / TOKENIZER_FILE))
     path = directory / f"{task.name}.array_record"
     unfinished = path.with_suffix(".unfinished")
     lengths = []

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -177,6 +178,14 @@ def test_a_start_that_failed_before_the_first_shard_leaves_no_settings_behind(co
         prepare_shards(dataclasses.replace(config, sources=("nowhere",)), tmp_path / "shards", **SHARD)
     prepare_shards(config, tmp_path / "shards", **SHARD)
     assert contents(tmp_path / "shards") == contents(prepared[0])
+
+
+def test_a_folder_made_anew_with_another_tokenizer_uses_that_one(config, tmp_path):
+    for vocab_size in (300, 280):
+        prepare_shards(config, tmp_path / "shards", **{**SHARD, "vocab_size": vocab_size})
+        documents = load(config, tmp_path / "shards").train.documents
+        assert max(ids.max() for ids in documents.read(np.arange(len(documents.lengths)))) == vocab_size - 1
+        shutil.rmtree(tmp_path / "shards")
 
 
 def test_a_finished_shard_that_went_missing_is_written_again(config, prepared, tmp_path):
