@@ -257,16 +257,20 @@ class MeshConfig:
 class DataConfig:
     """Text in, batches out.
 
-    A source is a file or a folder (.txt, .md, .py: one document a file; .jsonl: one a line), or `python:stdlib`: the
-    help topics and the standard library's source that the running Python carries.
+    A source is a file or a folder, here or behind a URL such as gs://, s3:// or hf://, or `python:stdlib`: the help topics and
+    the standard library's source that the running Python carries. Files are .txt, .md, .py (one document each), .jsonl,
+    .jsonl.gz, .jsonl.zst (one a line), .parquet (one a row) and .array_record (one a record).
     """
 
     sources: tuple[str, ...] = ()
+    weights: tuple[float, ...] = ()  # shares of the training rows by source; empty: all are packed together, as large as they are
     heldout_sources: tuple[str, ...] = ()  # empty: whole documents of `sources` are held out
     heldout_fraction: float = 0.05  # of the bytes, when heldout_sources is empty
-    text_field: str = "text"  # of a JSONL record
+    text_field: str = "text"  # of a record
     deduplicate: bool = True  # drop near-duplicate documents before the split
-    tokenizer: str = "bpe"  # `bpe` trains one on the training documents; otherwise a tokenizer.json
+    tokenizer: str = "bpe"  # `bpe` trains one on the training documents; a tokenizer.json or .model; `llama4`: llama-models'
+    tokenizer_ranks: int | None = None  # keep these first ranks of a tokenizer.model, for small models
+    prepared: str | None = None  # a folder that llama4_jax.prepare made: read it; `sources` are compared with it if given
     sequence_length: int = 512  # T
     batch_size: int = 16  # B, over all devices and processes
     shuffle_seed: int = 0
@@ -275,6 +279,14 @@ class DataConfig:
         _require_positive(self, "sequence_length", "batch_size")
         _require(
             0 < self.heldout_fraction < 1, f"DataConfig.heldout_fraction must lie between 0 and 1, got {self.heldout_fraction}"
+        )
+        _require(
+            not (self.weights and self.sources) or len(self.weights) == len(self.sources),
+            f"DataConfig.weights has {len(self.weights)} values for {len(self.sources)} sources",
+        )
+        _require(
+            all(0 < weight < float("inf") for weight in self.weights),
+            f"DataConfig.weights must be positive, got {', '.join(map(str, self.weights))}; leave a source out instead",
         )
 
 
