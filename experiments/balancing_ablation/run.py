@@ -75,11 +75,11 @@ def main() -> None:
         steps = [r for r in map(json.loads, (folder / "metrics.jsonl").open()) if "expert_load" in r]
         late = [r for r in steps if r["step"] > 0.75 * result.step]
         rows.append(
-            f"| {name} | {result.evaluations['heldout']['bits_per_byte']:.3f} | {max(map(busiest, steps)):.2f} "
+            f"| {name} | {result.evaluations['heldout']['bits_per_byte']:.3f} "
             f"| {np.mean([busiest(r) for r in late]):.2f} | {np.mean([r['router_entropy'] for r in late]):.2f} |"
         )
-    print("\n| balancing | held-out bits a byte | busiest expert / mean, worst step | last quarter | router entropy, nats |")
-    print("|---|---|---|---|---|")
+    print("\n| balancing | held-out bits a byte | busiest expert / mean | router entropy, nats |")
+    print("|---|---|---|---|")
     print("\n".join(rows))
 
 

@@ -1,5 +1,6 @@
 """Who goes to which expert: the bias, the capacity and the noise, each by itself and through a whole model."""
 
+import dataclasses
 import math
 from functools import partial
 
@@ -16,7 +17,7 @@ from llama4_jax.config import ExecutionConfig, ModelConfig
 from llama4_jax.errors import UserError
 from llama4_jax.model.cache import Cache
 from llama4_jax.model.context import make_context
-from llama4_jax.model.llama4 import init_model_state
+from llama4_jax.model.llama4 import Llama4, abstract_params, init_model_state
 from llama4_jax.model.moe import MoE, Router, within_capacity
 
 EVERY_LAYER = {"num_layers": 2, "moe_interval": 1, "nope_interval": 0}  # two repeats of one MoE layer
@@ -74,10 +75,10 @@ def test_each_layer_reads_its_own_bias_and_so_does_the_cache():
 
 
 def test_a_model_with_a_bias_is_not_run_without():
-    model, params = tiny_model(router_bias=True, **EVERY_LAYER)
+    model = Llama4(dataclasses.replace(TINY, router_bias=True))
     with pytest.raises(UserError, match="router bias: give it model_state"):
-        model.apply({"params": params}, tokens(1, 2))
-    assert init_model_state(tiny_model()[0]) == {}
+        jax.eval_shape(model.apply, {"params": abstract_params(model)}, tokens(1, 2))
+    assert init_model_state(Llama4(TINY)) == {}
 
 
 @given(st.data())
@@ -110,7 +111,7 @@ def test_a_dropped_token_still_passes_through_the_shared_expert():
     x = jnp.abs(jax.random.normal(jax.random.key(0), (1, 12, TINY.hidden_size)))
     params = nn.unbox(module.init(jax.random.key(1), x, context)["params"])
     params["router"]["kernel"] = jnp.zeros_like(params["router"]["kernel"]).at[:, 2].set(0.1)
-    run = lambda params, x, context: module.apply({"params": params}, x, context)  # noqa: E731
+    run = jax.jit(lambda params, x, context: module.apply({"params": params}, x, context))
     dropless, stats = run(params, x, context)
     assert stats.drop_share == 0
     limited = context.replace(capacity_factor=1.0)
@@ -120,8 +121,10 @@ def test_a_dropped_token_still_passes_through_the_shared_expert():
     np.testing.assert_allclose(y[:, 4:6], dropless[:, 4:6], atol=1e-6)
     no_expert = params | {"experts": jax.tree.map(jnp.zeros_like, params["experts"])}
     np.testing.assert_allclose(y[:, 6:], run(no_expert, x, context)[0][:, 6:], atol=1e-6)
-    pull = jax.grad(lambda x: jnp.sum(run(params, x, limited)[0]))(x)
-    shared_pull = jax.grad(lambda x: jnp.sum(run(no_expert, x, context)[0]))(x)
+    pull, shared_pull = (
+        jax.jit(jax.grad(lambda x, params, context: jnp.sum(run(params, x, context)[0])))(x, *given)
+        for given in ((params, limited), (no_expert, context))
+    )
     assert np.isfinite(pull).all()
     np.testing.assert_allclose(pull[:, 6:], shared_pull[:, 6:], atol=1e-5)
 
