@@ -110,13 +110,14 @@ class Experts(nn.Module):
     execution: ExecutionConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "M D"], routing: Routing) -> Float[Array, "M D"]:
-        c = self.config
+    def __call__(self, x: Float[Array, "B T D"], routing: Routing) -> Float[Array, "B T D"]:
+        c, run = self.config, self.execution
         E, D, F = c.num_experts, c.hidden_size, c.expert_ffn_size
         axes = ("experts", "embed", None, "ffn")
         gate_up = ExpertKernel((E, D, 2, F), axes, initial_stddev(c, "matrix"), name="gate_up")()
         down = ExpertKernel((E, F, D), ("experts", "ffn", "embed"), initial_stddev(c, "residual"), name="down")()
-        return expert_ffn(x, routing.experts, routing.scores, gate_up, down, implementation=self.execution.expert_ffn)
+        experts, scores = (a.reshape(*x.shape[:2], -1) for a in (routing.experts, routing.scores))
+        return expert_ffn(x, experts, scores, gate_up, down, implementation=run.expert_ffn, exchange=run.expert_exchange)
 
 
 class MoE(nn.Module):
@@ -134,7 +135,7 @@ class MoE(nn.Module):
     def __call__(self, x: Float[Array, "B T D"], valid: Bool[Array, "B T"] | None) -> tuple[Float[Array, "B T D"], RouterStats]:
         tokens = x.reshape(-1, x.shape[-1])  # [M, D]
         routing = self.router(tokens)
-        y = self.experts(tokens, routing).reshape(x.shape)
+        y = self.experts(x, routing)
         if self.config.shared_expert:
             y += self.shared_expert(x)
         return y, router_stats(routing, None if valid is None else valid.reshape(-1))
