@@ -14,6 +14,7 @@ nothing to do with keys of the shards after it, and the last shard works for n. 
 and piece 2n-1-i, and every shard has the same work in every hop.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
@@ -22,7 +23,6 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
@@ -57,17 +57,41 @@ def choose_exchange(
     return "ring" if hidden or gathered > GATHERED_BYTES else "all_gather"
 
 
-def zigzag_order(length: int, shards: int) -> Int[np.ndarray, " T"]:
-    """The place in the row of each place of the zigzag layout, shard after shard."""
-    pieces = np.arange(length).reshape(2 * shards, -1)
-    return np.concatenate([pieces[[i, 2 * shards - 1 - i]].reshape(-1) for i in range(shards)])
+@dataclasses.dataclass(frozen=True)
+class Zigzag:
+    """The order in which rows of `length` places lie over `shards` shards.
+
+    Attributes:
+        order: the place in the row of each place of the layout, shard after shard.
+    """
+
+    length: int
+    shards: int
+
+    @property
+    def order(self) -> Int[np.ndarray, " T"]:
+        pieces = np.arange(self.length).reshape(2 * self.shards, -1)
+        return np.concatenate([pieces[[i, 2 * self.shards - 1 - i]].reshape(-1) for i in range(self.shards)])
+
+    def arrange(self, x: Array | None) -> Array | None:
+        """[B, T, ...] from the row's order to the layout's."""
+        return None if x is None else jnp.take(x, self.order, axis=1)
+
+    def restore(self, x: Array | None) -> Array | None:
+        """The inverse."""
+        return None if x is None else jnp.take(x, np.argsort(self.order), axis=1)
 
 
-def is_zigzag(execution: ExecutionConfig, mesh: Mesh | AbstractMesh | None, rows: int, positions: int) -> bool:
-    """Whether activations of [rows, positions] lie in zigzag order on this mesh: what it divides, and no prompt of one row."""
+def zigzag_of(execution: ExecutionConfig, rows: int, positions: int) -> Zigzag | None:
+    """How activations of [rows, positions] lie on the mesh of `use_mesh`; None: in the order of the row, contiguous.
+
+    That is so without a mesh as well, and for shapes that the mesh does not divide (a prompt of one row).
+    """
+    mesh = current_mesh()
     if execution.context_layout == "contiguous" or mesh is None or mesh.shape["context"] == 1:
-        return False
-    return splits_batch(mesh, rows, positions) and positions % (2 * mesh.shape["context"]) == 0
+        return None
+    shards = mesh.shape["context"]
+    return Zigzag(positions, shards) if splits_batch(mesh, rows, positions) and positions % (2 * shards) == 0 else None
 
 
 def attention(
@@ -89,13 +113,13 @@ def attention(
     heads_divide = mesh is not None and K % mesh.shape["tensor"] == 0
     if not (heads_divide and mask.is_self_attention and splits_batch(mesh, B, T)):
         return local(query, key, value, mask)
-    shards, zigzag = mesh.shape["context"], is_zigzag(execution, mesh, B, T)
+    shards, zigzag = mesh.shape["context"], zigzag_of(execution, B, T)
     piece = T // shards // (2 if zigzag else 1)
     if shards == 1 or (mask.chunks_are_windows and piece % mask.chunk == 0):
         attend = local
     else:
         if mask.query_positions is None:
-            order = zigzag_order(T, shards) if zigzag else np.arange(T)
+            order = zigzag.order if zigzag else np.arange(T)
             mask = Mask(jnp.asarray(order, jnp.int32)[None], mask.query_segment_ids, chunk=mask.chunk)
         exchange = execution.context_exchange
         if exchange == "auto":
@@ -108,7 +132,7 @@ def attention(
                 head_dim=H,
                 itemsize=key.dtype.itemsize,
             )
-        attend = partial(_ring, zigzag) if exchange == "ring" else partial(_all_gather, local)
+        attend = partial(_ring, zigzag is not None) if exchange == "ring" else partial(_all_gather, local)
     rows = P(BATCH_AXES, "context", "tensor")
     places = jax.tree.map(lambda a: P(BATCH_AXES if a.shape[0] == B else None, "context"), mask)
     return jax.shard_map(attend, mesh=mesh, in_specs=(rows, rows, rows, places), out_specs=rows, check_vma=False)(

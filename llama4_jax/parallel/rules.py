@@ -13,7 +13,6 @@ import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from llama4_jax.config import DataConfig
 from llama4_jax.data.batch import Batch
 from llama4_jax.errors import UserError
 
@@ -110,18 +109,6 @@ BATCH_AXES = dict(RULES)["batch"]
 def splits_batch(mesh: Mesh | AbstractMesh, rows: int, positions: int) -> bool:
     """Whether every device gets as many rows and positions as the others."""
     return rows % math.prod(mesh.shape[axis] for axis in BATCH_AXES) == 0 and positions % mesh.shape["context"] == 0
-
-
-def check_batch(config: DataConfig, mesh: Mesh) -> None:
-    """Raises UserError unless rows divide over the mesh's batch axes and positions over `context`."""
-    rows, positions = math.prod(mesh.shape[axis] for axis in BATCH_AXES), mesh.shape["context"]
-    if config.batch_size % rows:
-        sizes = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in BATCH_AXES if mesh.shape[axis] > 1)
-        raise UserError(f"DataConfig.batch_size={config.batch_size} is not a multiple of the mesh's {sizes}")
-    if config.sequence_length % positions:
-        raise UserError(
-            f"DataConfig.sequence_length={config.sequence_length} is not a multiple of the mesh's context={positions}"
-        )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

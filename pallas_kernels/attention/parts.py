@@ -112,7 +112,7 @@ def _by_kv_head(x: Array, groups: int) -> Array:
 
 def _blocks(x: Float[Array, "B T N H"], mask: Mask, K: int) -> tuple[Array, Mask]:
     """Blocks of at most MAX_BLOCK queries: rows [blocks, B*K, t*G, H], and the mask of each."""
-    B, T, N, H = x.shape
+    T, N = x.shape[1:3]
     blocks = next(n for n in range(-(-T // MAX_BLOCK), T + 1) if T % n == 0)
 
     def split(a):
@@ -131,7 +131,7 @@ def _blocks(x: Float[Array, "B T N H"], mask: Mask, K: int) -> tuple[Array, Mask
 
 def _join(rows: Array, shape: tuple[int, ...]) -> Array:
     """[blocks, B*K, t*G, H] as `shape`, [B, T, N, H]."""
-    B, T, N, H = shape
+    B, T, _, H = shape
     blocks, BK = rows.shape[:2]
     return rows.reshape(blocks, B, BK // B, T // blocks, -1, H).transpose(1, 0, 3, 2, 4, 5).reshape(shape)
 
