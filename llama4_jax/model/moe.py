@@ -64,12 +64,13 @@ class Router(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "M D"]) -> Routing:
+    def __call__(self, x: Float[Array, "B T D"]) -> Routing:
         c = self.config
         init = normal(initial_stddev(c, "readout"), ("embed", "router_experts"))
         kernel = self.param("kernel", init, (c.hidden_size, c.num_experts), jnp.float32)
         with jax.default_matmul_precision("float32"):
-            logits = project(x.astype(jnp.float32), kernel)  # [M, E]
+            logits = project(x.astype(jnp.float32), kernel)
+        logits = logits.reshape(-1, c.num_experts)  # [M, E]; not sooner: tokens over `context` do not flatten in place
         if c.experts_per_token == 1:
             experts = jnp.argmax(logits, axis=-1, keepdims=True).astype(jnp.int32)
         else:
@@ -133,8 +134,7 @@ class MoE(nn.Module):
             self.shared_expert = DenseFFN(self.config, self.config.expert_ffn_size)
 
     def __call__(self, x: Float[Array, "B T D"], valid: Bool[Array, "B T"] | None) -> tuple[Float[Array, "B T D"], RouterStats]:
-        tokens = x.reshape(-1, x.shape[-1])  # [M, D]
-        routing = self.router(tokens)
+        routing = self.router(x)
         y = self.experts(x, routing)
         if self.config.shared_expert:
             y += self.shared_expert(x)

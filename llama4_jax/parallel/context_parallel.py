@@ -27,7 +27,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from llama4_jax.config import ExecutionConfig
-from llama4_jax.parallel.mesh import current_mesh
+from llama4_jax.parallel.mesh import current_mesh, gather
 from llama4_jax.parallel.rules import BATCH_AXES, splits_batch
 from pallas_kernels.attention import Mask, attend_part, empty_part, merge, part_gradients
 
@@ -155,7 +155,7 @@ class Keys(NamedTuple):
 
 def _all_gather(local, query, key, value, mask: Mask):
     keys = Keys(key, value, mask.query_positions, mask.query_segment_ids)
-    keys = jax.tree.map(lambda a: jax.lax.all_gather(a, "context", axis=1, tiled=True), keys)
+    keys = jax.tree.map(lambda a: gather(a, "context", 1), keys)
     return local(query, keys.key, keys.value, _over(mask, keys))
 
 

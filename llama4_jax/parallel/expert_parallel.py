@@ -27,7 +27,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from llama4_jax.errors import UserError
-from llama4_jax.parallel.mesh import current_mesh
+from llama4_jax.parallel.mesh import current_mesh, gather, sum_and_scatter
 from llama4_jax.parallel.rules import BATCH_AXES, partition, splits_batch
 
 Exchange = Literal["all_to_all", "all_gather"]
@@ -113,8 +113,8 @@ def routed_experts(
         compute, columns, out = partial(_EXCHANGES[form], ffn), "tensor", P(*rows, "tensor")
 
     def on_shard(x, experts, scores, gate_up, down):
-        gate_up = jax.lax.all_gather(gate_up, "fsdp", axis=1, tiled=True)  # [E', D, 2, F']
-        down = jax.lax.all_gather(down, "fsdp", axis=2, tiled=True)  # [E', F', D]
+        gate_up = gather(gate_up, "fsdp", 1)  # [E', D, 2, F']
+        down = gather(down, "fsdp", 2)  # [E', F', D]
         return compute(x, experts, scores, gate_up, down)
 
     # Gathered weights are as large as all shards together, so the backward pass gathers them again.
@@ -160,10 +160,9 @@ def _all_to_all(ffn: LocalFFN, x, experts, scores, gate_up, down):
         def travel(rows):
             return jax.lax.all_to_all(rows, "expert", split_axis=0, concat_axis=0, tiled=True)
 
-        rows = jax.lax.all_gather(travel(to_slots(x, slots)), "tensor", axis=1, tiled=True)  # [R * size, D]
+        rows = gather(travel(to_slots(x, slots)), "tensor", 1)  # [R * size, D]
         expert, score = travel(slots.of_pairs(experts % local_experts)), travel(slots.of_pairs(scores))
-        y = ffn(rows, expert, score, gate_up, down)
-        y = jax.lax.psum_scatter(y, "tensor", scatter_dimension=1, tiled=True)  # [R * size, D']
+        y = sum_and_scatter(ffn(rows, expert, score, gate_up, down), "tensor", 1)  # [R * size, D']
         return from_slots(travel(y), slots)
 
     rows = x.reshape(-1, x.shape[-1])
@@ -173,11 +172,8 @@ def _all_to_all(ffn: LocalFFN, x, experts, scores, gate_up, down):
 
 def _all_gather(ffn: LocalFFN, x, experts, scores, gate_up, down):
     shards, local_experts = jax.lax.axis_size("expert"), gate_up.shape[0]
-
-    def gather(a):
-        return jax.lax.all_gather(a.reshape(-1, a.shape[-1]), "expert", axis=0, tiled=True)
-
-    all_rows, all_experts, all_scores = gather(x), gather(experts), gather(scores)  # [R * M', D' or X]
+    rows = [a.reshape(-1, a.shape[-1]) for a in (x, experts, scores)]
+    all_rows, all_experts, all_scores = (gather(a, "expert", 0) for a in rows)  # [R * M', D' or X]
     local = all_experts - jax.lax.axis_index("expert") * local_experts
     here = (local >= 0) & (local < local_experts)
     size = buffer_rows(all_experts.size, shards)
@@ -187,12 +183,12 @@ def _all_gather(ffn: LocalFFN, x, experts, scores, gate_up, down):
     def one_round(i, queue_and_experts, rows, scores, gate_up, down):
         queue, local = queue_and_experts
         slots = queue.slots(i, size)
-        rows = jax.lax.all_gather(to_slots(rows, slots), "tensor", axis=1, tiled=True)  # [size, D]
+        rows = gather(to_slots(rows, slots), "tensor", 1)  # [size, D]
         y = ffn(rows, slots.of_pairs(local), slots.of_pairs(scores), gate_up, down)
-        return from_slots(jax.lax.psum_scatter(y, "tensor", scatter_dimension=1, tiled=True), slots)
+        return from_slots(sum_and_scatter(y, "tensor", 1), slots)
 
     y = sum_of_rounds(one_round, rounds, (queue, local), all_rows, all_scores, gate_up, down)  # [R * M', D']
-    return jax.lax.psum_scatter(y, "expert", scatter_dimension=0, tiled=True).reshape(x.shape)
+    return sum_and_scatter(y, "expert", 0).reshape(x.shape)
 
 
 _EXCHANGES = {"all_to_all": _all_to_all, "all_gather": _all_gather}

@@ -38,3 +38,15 @@ def current_mesh() -> AbstractMesh | None:
     """The mesh of `rules.use_mesh` at the time of tracing; None outside of one, and for a single device."""
     mesh = jax.sharding.get_abstract_mesh()
     return mesh if mesh.axis_names == AXES and mesh.size > 1 else None
+
+
+def gather(x: jax.Array, mesh_axis: str, axis: int) -> jax.Array:
+    """Inside shard_map: the shards of `mesh_axis`, joined along `axis` of x."""
+    return x if jax.lax.axis_size(mesh_axis) == 1 else jax.lax.all_gather(x, mesh_axis, axis=axis, tiled=True)
+
+
+def sum_and_scatter(x: jax.Array, mesh_axis: str, axis: int) -> jax.Array:
+    """Inside shard_map: the sum over the shards of `mesh_axis`, of which each keeps its part along `axis`."""
+    if jax.lax.axis_size(mesh_axis) == 1:
+        return x
+    return jax.lax.psum_scatter(x, mesh_axis, scatter_dimension=axis, tiled=True)

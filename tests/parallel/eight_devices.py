@@ -7,22 +7,31 @@ two meshes through a checkpoint.
 """
 
 import json
+import re
 import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from llama4_jax.checkpoints.run_checkpoints import RunCheckpoints
 from llama4_jax.config import AttentionTemperature, ExecutionConfig, MeshConfig, ModelConfig, ObjectiveConfig, OptimizerConfig
 from llama4_jax.data.packing import PackedRows, TokenizedDocuments, check_windows, plan_packing
 from llama4_jax.model.llama4 import Llama4, init_params, logical_axes
+from llama4_jax.parallel import context_parallel
+from llama4_jax.parallel.expert_parallel import routed_experts
 from llama4_jax.parallel.mesh import make_mesh
-from llama4_jax.parallel.rules import named_shardings, put_batch, use_mesh
+from llama4_jax.parallel.rules import batch_sharding, named_shardings, put_batch, use_mesh
 from llama4_jax.training.objective import cross_entropy_objective
 from llama4_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from llama4_jax.training.state import abstract_state, create_state
 from llama4_jax.training.step import make_train_step
+from pallas_kernels.attention import Mask
+from pallas_kernels.attention import attention as kernel_attention
+from pallas_kernels.expert_ffn import expert_ffn
 
 CHUNK, LENGTH, ROWS = 8, 64, 8
 CONFIG = ModelConfig(
@@ -72,7 +81,7 @@ def packed_batch():
     ids = rng.integers(0, CONFIG.vocab_size, lengths.sum()).astype(np.int32)
     documents = TokenizedDocuments(ids, np.concatenate([[0], np.cumsum(lengths)]), np.zeros(len(lengths), int))
     rows = PackedRows(documents, plan_packing(lengths, LENGTH, CHUNK), LENGTH, CHUNK)
-    batch = rows.batch(range(ROWS))
+    batch = rows.batch(range(len(rows) - ROWS, len(rows)))  # the last rows are the emptiest
     check_windows(batch.segment_ids, CHUNK)
     return batch
 
@@ -81,8 +90,8 @@ def skewed_params(model):
     """Every token has a part in common, on which the router lays the more weight the lower the expert."""
     params = init_params(model, jax.random.key(0))
     common = jax.random.normal(jax.random.key(1), (CONFIG.hidden_size,))
-    params["embed"]["embedding"] += 0.6 * common
-    slope = jnp.linspace(3.0, -6.0, CONFIG.num_experts)
+    params["embed"]["embedding"] += 0.4 * common
+    slope = jnp.linspace(1.5, -6.0, CONFIG.num_experts)
     params["layers"]["layer_1"]["feed_forward"]["router"]["kernel"] += 0.1 * common[:, None] * slope
     return params
 
@@ -155,6 +164,56 @@ def move_between_meshes(model, folder):
     report("restored", equal=all(jax.tree.leaves(equal)), placed=all(jax.tree.leaves(placed)))
 
 
+def collectives(function, *args) -> list[str]:
+    """The names of all collectives in the compiled program."""
+    text = jax.jit(function).lower(*args).compile(OPTIONS).as_text()
+    return sorted(set(re.findall(r"(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(", text)))
+
+
+def collectives_of_attention(chunk, window, **execution) -> list[str]:
+    """Of one attention, forward and backward, under data=2 x context=4."""
+    mesh, local = mesh_of({"data": 2, "context": 4}), partial(kernel_attention, implementation="xla")
+
+    def gradients(q, k, v, dout, segment_ids, positions):
+        mask = Mask(positions, segment_ids, chunk=chunk, document_window=window)
+        attend = partial(context_parallel.attention, mask=mask, local=local, execution=ExecutionConfig(**execution))
+        out, pullback = jax.vjp(attend, q, k, v)
+        return out, pullback(dout)
+
+    with use_mesh(mesh):
+        rows = lambda *shape: jax.ShapeDtypeStruct((ROWS, LENGTH, *shape), "float32", sharding=batch_sharding(mesh))  # noqa: E731
+        places = jax.ShapeDtypeStruct((ROWS, LENGTH), "int32", sharding=batch_sharding(mesh))
+        return collectives(gradients, rows(4, 8), rows(2, 8), rows(2, 8), rows(4, 8), places, places)
+
+
+def collectives_of_experts(exchange) -> list[str]:
+    """Of the routed experts' forward pass under data=2 x expert=4."""
+    mesh, c = mesh_of({"data": 2, "expert": 4}), CONFIG
+    of = lambda dtype, spec, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))  # noqa: E731
+    tokens = P(("data", "expert"))
+    weights = (c.num_experts, c.hidden_size, 2, c.expert_ffn_size), (c.num_experts, c.expert_ffn_size, c.hidden_size)
+    with use_mesh(mesh):
+        return collectives(
+            partial(routed_experts, ffn=partial(expert_ffn, implementation="blocks"), exchange=exchange),
+            *(of(dtype, tokens, ROWS, LENGTH, n) for dtype, n in (("float32", c.hidden_size), ("int32", 2), ("float32", 2))),
+            *(of("float32", P("expert"), *shape) for shape in weights),
+        )
+
+
+def count_collectives():
+    report(
+        "collectives",
+        local=collectives_of_attention(CHUNK, CHUNK),
+        local_zigzag=collectives_of_attention(CHUNK, CHUNK, context_layout="zigzag"),
+        no_promise=collectives_of_attention(CHUNK, None, context_exchange="ring"),
+        ring=collectives_of_attention(None, CHUNK, context_exchange="ring"),
+        zigzag=collectives_of_attention(None, CHUNK, context_exchange="ring", context_layout="zigzag"),
+        gathered=collectives_of_attention(None, CHUNK, context_exchange="all_gather"),
+        all_to_all=collectives_of_experts("all_to_all"),
+        all_gather=collectives_of_experts("all_gather"),
+    )
+
+
 def main(folder: str, *cases: str) -> None:
     model = Llama4(CONFIG)
     params = skewed_params(model)
@@ -168,6 +227,7 @@ def main(folder: str, *cases: str) -> None:
         worst = max(paths, key=paths.get)
         report(name, error=paths[worst], worst=worst)
     if folder != "-":
+        count_collectives()
         train_two_steps(model, mesh_of({"fsdp": 2, "expert": 2, "tensor": 2}))
         move_between_meshes(model, folder)
 
