@@ -40,7 +40,9 @@ def _check_sequence(mesh, model: ModelConfig, execution: ExecutionConfig, length
     _require_multiple("DataConfig.sequence_length", length, mesh, "context")
     pieces = 2 * shards if execution.context_layout == "zigzag" else shards
     if length % pieces:
-        raise UserError(f"DataConfig.sequence_length={length} is not a multiple of {pieces}, the zigzag pieces of context={shards}")
+        raise UserError(
+            f"DataConfig.sequence_length={length} is not a multiple of {pieces}, the zigzag pieces of context={shards}"
+        )
     if chunk is not None and length > chunk and length // pieces % chunk:
         raise UserError(
             f"context={shards} cuts DataConfig.sequence_length={length} into pieces of {length // pieces}, across chunks of "

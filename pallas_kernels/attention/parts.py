@@ -55,12 +55,12 @@ def attend_part(
     k, v = _by_kv_head(key, 1), _by_kv_head(value, 1)  # [B*K, S, H]
 
     def block(inputs):
-        q, mask = inputs
-        logits = _logits(q, k, mask, key.shape)
+        q, places = inputs
+        logits = _logits(q, k, places, mask, key.shape)
         lse = jax.nn.logsumexp(logits, axis=-1)
         return _dot(jnp.exp(logits - lse[..., None]).astype(v.dtype), v, 2, 1), lse
 
-    out, lse = jax.lax.map(block, _blocks(query, mask, key.shape[2]))
+    out, lse = jax.lax.map(block, (_blocks(query, key.shape[2]), _places(mask)))
     return Part(_join(out, query.shape), _join(lse[..., None], (*query.shape[:3], 1))[..., 0])
 
 
@@ -85,15 +85,14 @@ def part_gradients(
 
     def block(carry, inputs):
         dk, dv = carry
-        (q, mask), (lse, _), (dout, _), (delta, _) = inputs
-        p = jnp.exp(_logits(q, k, mask, key.shape) - lse)  # [B*K, t*G, S]; lse is over all keys, so unread ones give 0
-        ds = p * (_dot(dout, v, 2, 2) - delta)
-        ds = ds.astype(k.dtype)
+        q, lse, dout, delta, places = inputs
+        p = jnp.exp(_logits(q, k, places, mask, key.shape) - lse)  # [B*K, t*G, S]; lse is over all keys, so unread ones give 0
+        ds = (p * (_dot(dout, v, 2, 2) - delta)).astype(k.dtype)
         return (dk + _dot(ds, q, 1, 1), dv + _dot(p.astype(v.dtype), dout, 1, 1)), _dot(ds, k, 2, 1)
 
-    rows = [_blocks(a, mask, K) for a in (query, lse[..., None], dout.astype(query.dtype), delta[..., None])]
+    rows = [_blocks(a, K) for a in (query, lse[..., None], dout.astype(query.dtype), delta[..., None])]
     zeros = jnp.zeros(k.shape, jnp.float32)
-    (dk, dv), dq = jax.lax.scan(block, (zeros, zeros), tuple(rows))
+    (dk, dv), dq = jax.lax.scan(block, (zeros, zeros), (*rows, _places(mask)))
     scale = query.shape[-1] ** -0.5
     from_kv_head = lambda x: x.reshape(x.shape[0] // K, K, *x.shape[1:]).swapaxes(1, 2)  # noqa: E731
     return PartGradients(_join(dq, query.shape) * scale, from_kv_head(dk) * scale, from_kv_head(dv))
@@ -110,23 +109,21 @@ def _by_kv_head(x: Array, groups: int) -> Array:
     return x.reshape(B, T, K, groups * H).transpose(0, 2, 1, 3).reshape(B * K, T * groups, H)
 
 
-def _blocks(x: Float[Array, "B T N H"], mask: Mask, K: int) -> tuple[Array, Mask]:
-    """Blocks of at most MAX_BLOCK queries: rows [blocks, B*K, t*G, H], and the mask of each."""
-    T, N = x.shape[1:3]
+def _blocks(x: Float[Array, "B T N H"], K: int) -> Array:
+    """Blocks of at most MAX_BLOCK queries: [blocks, B*K, t*G, H]."""
+    return jax.vmap(lambda x: _by_kv_head(x, x.shape[2] // K))(_split(x))
+
+
+def _split(x: Array) -> Array:
+    """[B, T, ...] as [blocks, B, t, ...]."""
+    B, T = x.shape[:2]
     blocks = next(n for n in range(-(-T // MAX_BLOCK), T + 1) if T % n == 0)
+    return x.reshape(B, blocks, T // blocks, *x.shape[2:]).swapaxes(0, 1)
 
-    def split(a):
-        return a.reshape(a.shape[0], blocks, T // blocks, *a.shape[2:]).swapaxes(0, 1)
 
-    def everywhere(a):
-        return None if a is None else jnp.broadcast_to(a, (blocks, *a.shape))
-
-    mask = Mask(
-        *(None if a is None else split(a) for a in (mask.query_positions, mask.query_segment_ids)),
-        *(everywhere(a) for a in (mask.key_positions, mask.key_segment_ids)),
-        chunk=mask.chunk,
-    )
-    return jax.vmap(lambda x: _by_kv_head(x, N // K))(split(x)), mask
+def _places(mask: Mask):
+    """Positions and segment ids of each block of queries."""
+    return jax.tree.map(_split, (mask.query_positions, mask.query_segment_ids))
 
 
 def _join(rows: Array, shape: tuple[int, ...]) -> Array:
@@ -136,9 +133,11 @@ def _join(rows: Array, shape: tuple[int, ...]) -> Array:
     return rows.reshape(blocks, B, BK // B, T // blocks, -1, H).transpose(1, 0, 3, 2, 4, 5).reshape(shape)
 
 
-def _logits(q: Array, k: Array, mask: Mask, key_shape: tuple[int, ...]) -> Float[Array, "BK tG S"]:
+def _logits(q: Array, k: Array, places, mask: Mask, key_shape: tuple[int, ...]) -> Float[Array, "BK tG S"]:
+    """Of one block of queries, whose positions and segment ids are `places`."""
     B, S, K, H = key_shape
-    allowed = mask.allowed(slice(0, mask.query_positions.shape[1]), slice(0, S))  # [#B, t, S]
+    block = Mask(*places, mask.key_positions, mask.key_segment_ids, chunk=mask.chunk)
+    allowed = block.allowed(slice(0, places[0].shape[1]), slice(0, S))  # [#B, t, S]
     logits = _dot(q, k, 2, 2).reshape(B, K, allowed.shape[1], -1, S) * H**-0.5
     return jnp.where(allowed[:, None, :, None], logits, NEVER).reshape(q.shape[0], -1, S)
 
