@@ -1,5 +1,7 @@
 """Grouped-query attention of one layer: rotary and chunked, or NoPE and full with a temperature on the queries."""
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ from llama4_jax.model.linear import Linear
 from llama4_jax.model.norms import rms_normalize
 from llama4_jax.model.rotary import rotate
 from llama4_jax.model.transfer import initial_stddev
+from llama4_jax.parallel import context_parallel
 from pallas_kernels.attention import attention
 
 
@@ -58,7 +61,8 @@ class Attention(nn.Module):
         return self.output(out), cache
 
     def _attend(self, q, k, v, mask):
-        return attention(q, k, v, mask, implementation=self.execution.attention)
+        local = partial(attention, implementation=self.execution.attention)
+        return context_parallel.attention(q, k, v, mask, local=local, execution=self.execution)
 
     def _attend_cached(self, q, k, v, context: Context, kind: KindContext, cache: LayerCache):
         """One token reads the slots after it was written. Several may overwrite slots that the first of them still

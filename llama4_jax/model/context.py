@@ -56,6 +56,17 @@ def document_positions(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
     return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
 
 
+def explicit_positions(
+    shape: tuple[int, int], positions: Int[Array, "B T"] | None, segment_ids: Int[Array, "B T"] | None
+) -> Int[Array, "B T"]:
+    """The positions that make_context would assume without a cache."""
+    if positions is not None:
+        return positions
+    if segment_ids is not None:
+        return document_positions(segment_ids)
+    return jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape)
+
+
 def temperature_factor(positions: Int[Array, "#B T"], tuning: AttentionTemperature) -> Float[Array, "#B T 1 1"]:
     """1 + scale * log(1 + floor((p + 1) / floor)), in float32 from integer positions. arXiv 2501.19399."""
     steps = jnp.floor((positions + 1).astype(jnp.float32) / tuning.floor)

@@ -5,6 +5,7 @@ decided here alone: today an array; a quantised array or one with a low-rank ada
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 import pallas_kernels.expert_ffn as expert_ffn_kernel
+from llama4_jax.parallel.expert_parallel import routed_experts
 
 Weight = jax.Array
 
@@ -23,17 +25,20 @@ def project(x: Float[Array, "..."], weight: Weight, *, in_axes: int = 1) -> Floa
 
 
 def expert_ffn(
-    x: Float[Array, "M D"],
-    experts: Int[Array, "M X"],
-    scores: Float[Array, "M X"],
+    x: Float[Array, "B T D"],
+    experts: Int[Array, "B T X"],
+    scores: Float[Array, "B T X"],
     gate_up: Weight,
     down: Weight,
     *,
     implementation: str,
-) -> Float[Array, "M D"]:
-    """The routed experts' output, summed over each token's choices. See pallas_kernels/expert_ffn."""
+    exchange: str,
+) -> Float[Array, "B T D"]:
+    """The routed experts' output, summed over each token's choices. See pallas_kernels/expert_ffn for one device, and
+    parallel/expert_parallel for how tokens and experts meet on a mesh."""
+    ffn = partial(expert_ffn_kernel.expert_ffn, implementation=implementation)
     weights = gate_up.astype(x.dtype), down.astype(x.dtype)
-    return expert_ffn_kernel.expert_ffn(x, experts, scores, *weights, implementation=implementation)
+    return routed_experts(x, experts, scores, *weights, ffn=ffn, exchange=exchange)
 
 
 @jax.custom_vjp

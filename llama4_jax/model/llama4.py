@@ -11,13 +11,14 @@ from jaxtyping import Array, Float, Int
 from llama4_jax.config import ExecutionConfig, ModelConfig
 from llama4_jax.errors import UserError
 from llama4_jax.model.cache import Cache
-from llama4_jax.model.context import make_context
+from llama4_jax.model.context import explicit_positions, make_context
 from llama4_jax.model.decoder import run_layers, scanned_blocks
 from llama4_jax.model.linear import normal, project
 from llama4_jax.model.losses import target_log_probs
 from llama4_jax.model.moe import RouterStats
 from llama4_jax.model.norms import RMSNorm
 from llama4_jax.model.transfer import initial_stddev
+from llama4_jax.parallel.context_parallel import zigzag_of
 
 
 @struct.dataclass
@@ -88,6 +89,12 @@ class Llama4(nn.Module):
         if self.config.router_bias and "router_bias" not in self.variables and not self.is_initializing():
             raise UserError("this model has a router bias: give it model_state (of TrainState, or init_model_state) too")
         dtype = jnp.dtype(self.execution.compute_dtype)
+        zigzag = zigzag_of(self.execution, *tokens.shape) if cache is None else None
+        if zigzag is not None:
+            if positions is None and segment_ids is None:
+                document_window = self.config.attention_chunk_size  # one document a row begins where the row does
+            positions = explicit_positions(tokens.shape, positions, segment_ids)
+            tokens, positions, segment_ids, targets = map(zigzag.arrange, (tokens, positions, segment_ids, targets))
         context = make_context(self.config, tokens.shape, positions, segment_ids, cache, document_window)
         context = context.replace(capacity_factor=capacity_factor, router_jitter=router_jitter)
         x = nn.with_logical_constraint(self.embed(tokens).astype(dtype), ("batch", "seq", "act_embed"))
@@ -95,8 +102,10 @@ class Llama4(nn.Module):
         x = self.final_norm(x)
         head = self.embed.table().T if self.config.tie_embeddings else self.lm_head()
         if targets is not None:
-            return Output(None, target_log_probs(x, head.astype(dtype), targets, self.execution.loss_block_size), cache, stats)
-        return Output(project(x, head).astype(jnp.float32), None, cache, stats)
+            log_probs = target_log_probs(x, head.astype(dtype), targets, self.execution.loss_block_size)
+            return Output(None, log_probs if zigzag is None else zigzag.restore(log_probs), cache, stats)
+        logits = project(x, head).astype(jnp.float32)
+        return Output(logits if zigzag is None else zigzag.restore(logits), None, cache, stats)
 
 
 class Embedding(nn.Module):

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from llama4_jax.parallel.mesh import current_mesh
+
 
 def target_log_probs(
     hidden: Float[Array, "B T D"], head: Float[Array, "D V"], targets: Int[Array, "B T"], block_size: int
@@ -12,19 +14,24 @@ def target_log_probs(
 
     The backward pass computes each block's logits again, so at most one block of them exists at any time.
     """
-    B, T, D = hidden.shape
-    blocks = -(-T // block_size)
-    size = -(-T // blocks)
-    padding = blocks * size - T
-    hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0))).reshape(B, blocks, size, D).swapaxes(0, 1)
-    targets = jnp.pad(targets, ((0, 0), (0, padding))).reshape(B, blocks, size).swapaxes(0, 1)
+    B, T, _ = hidden.shape
+    mesh = current_mesh()
+    shards = mesh.shape["context"] if mesh and T % mesh.shape["context"] == 0 else 1  # each goes through its own positions
+    length = T // shards
+    blocks = -(-length // block_size)
+    size = -(-length // blocks)
+
+    def split(x):  # [B, T, ...] to [blocks, B, shards, size, ...]
+        x = x.reshape(B, shards, length, *x.shape[2:])
+        x = jnp.pad(x, [(0, blocks * size - length) if axis == 2 else (0, 0) for axis in range(x.ndim)])
+        return jnp.moveaxis(x.reshape(B, shards, blocks, size, *x.shape[3:]), 2, 0)
 
     @jax.checkpoint
     def block(_, inputs):
         hidden, targets = inputs
-        logits = jax.lax.dot_general(hidden, head, (((2,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+        logits = jax.lax.dot_general(hidden, head, (((3,), (0,)), ((), ())), preferred_element_type=jnp.float32)
         chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        return None, chosen - jax.nn.logsumexp(logits, axis=-1)  # [B, size]
+        return None, chosen - jax.nn.logsumexp(logits, axis=-1)  # [B, shards, size]
 
-    log_probs = jax.lax.scan(block, None, (hidden, targets))[1]  # [blocks, B, size]
-    return log_probs.swapaxes(0, 1).reshape(B, -1)[:, :T]
+    log_probs = jax.lax.scan(block, None, (split(hidden), split(targets)))[1]  # [blocks, B, shards, size]
+    return jnp.moveaxis(log_probs, 0, 2).reshape(B, shards, -1)[:, :, :length].reshape(B, T)

@@ -92,7 +92,7 @@ class Router(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "M D"], valid: Bool[Array, " M"] | None, capacity_factor: float | None, jitter: float
+        self, x: Float[Array, "B T D"], valid: Bool[Array, " M"] | None, capacity_factor: float | None, jitter: float
     ) -> Routing:
         c = self.config
         x = x.astype(jnp.float32)
@@ -101,7 +101,8 @@ class Router(nn.Module):
         init = normal(initial_stddev(c, "readout"), ("embed", "router_experts"))
         kernel = self.param("kernel", init, (c.hidden_size, c.num_experts), jnp.float32)
         with jax.default_matmul_precision("float32"):
-            logits = project(x, kernel)  # [M, E]
+            logits = project(x, kernel)
+        logits = logits.reshape(-1, c.num_experts)  # [M, E]; not sooner: tokens over `context` do not flatten in place
         ranked = logits
         if c.router_bias:
             ranked = logits + self.variable("router_bias", "bias", jnp.zeros, (c.num_experts,)).value
@@ -149,13 +150,14 @@ class Experts(nn.Module):
     execution: ExecutionConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "M D"], routing: Routing) -> Float[Array, "M D"]:
-        c = self.config
+    def __call__(self, x: Float[Array, "B T D"], routing: Routing) -> Float[Array, "B T D"]:
+        c, run = self.config, self.execution
         E, D, F = c.num_experts, c.hidden_size, c.expert_ffn_size
         axes = ("experts", "embed", None, "ffn")
         gate_up = ExpertKernel((E, D, 2, F), axes, initial_stddev(c, "matrix"), name="gate_up")()
         down = ExpertKernel((E, F, D), ("experts", "ffn", "embed"), initial_stddev(c, "residual"), name="down")()
-        return expert_ffn(x, routing.experts, routing.scores, gate_up, down, implementation=self.execution.expert_ffn)
+        experts, scores = (a.reshape(*x.shape[:2], -1) for a in (routing.experts, routing.scores))
+        return expert_ffn(x, experts, scores, gate_up, down, implementation=run.expert_ffn, exchange=run.expert_exchange)
 
 
 class MoE(nn.Module):
@@ -171,10 +173,9 @@ class MoE(nn.Module):
             self.shared_expert = DenseFFN(self.config, self.config.expert_ffn_size)
 
     def __call__(self, x: Float[Array, "B T D"], context: Context) -> tuple[Float[Array, "B T D"], RouterStats]:
-        tokens = x.reshape(-1, x.shape[-1])  # [M, D]
-        valid = None if context.valid is None else context.valid.reshape(-1)
-        routing = self.router(tokens, valid, context.capacity_factor, context.router_jitter)
-        y = self.experts(tokens, routing).reshape(x.shape)
+        valid = None if context.valid is None else context.valid.reshape(-1)  # [M]
+        routing = self.router(x, valid, context.capacity_factor, context.router_jitter)
+        y = self.experts(x, routing)
         if self.config.shared_expert:
             y += self.shared_expert(x)
         return y, router_stats(routing, valid)

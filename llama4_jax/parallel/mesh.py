@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 import jax
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from llama4_jax.config import MeshConfig
 from llama4_jax.errors import UserError
@@ -32,3 +32,21 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         hint = f"the sizes must divide {len(devices)}" if free else f"make one axis -1, such as data, or have {fixed} devices"
         raise UserError(f"mesh {written} does not fit {len(devices)} device(s): {hint}")
     return jax.make_mesh(tuple(sizes.values()), AXES, (AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def current_mesh() -> AbstractMesh | None:
+    """The mesh of `rules.use_mesh` at the time of tracing; None outside of one, and for a single device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh if mesh.axis_names == AXES and mesh.size > 1 else None
+
+
+def gather(x: jax.Array, mesh_axis: str, axis: int) -> jax.Array:
+    """Inside shard_map: the shards of `mesh_axis`, joined along `axis` of x."""
+    return x if jax.lax.axis_size(mesh_axis) == 1 else jax.lax.all_gather(x, mesh_axis, axis=axis, tiled=True)
+
+
+def sum_and_scatter(x: jax.Array, mesh_axis: str, axis: int) -> jax.Array:
+    """Inside shard_map: the sum over the shards of `mesh_axis`, of which each keeps its part along `axis`."""
+    if jax.lax.axis_size(mesh_axis) == 1:
+        return x
+    return jax.lax.psum_scatter(x, mesh_axis, scatter_dimension=axis, tiled=True)

@@ -10,10 +10,9 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from llama4_jax.config import DataConfig
 from llama4_jax.data.batch import Batch
 from llama4_jax.errors import UserError
 
@@ -69,13 +68,14 @@ def named_shardings(params: PyTree, logical_axes: PyTree, mesh: Mesh) -> PyTree:
 
     def one(path, param, logical):
         return NamedSharding(
-            mesh, _partition(jax.tree_util.keystr(path, simple=True, separator="/"), param.shape, logical, mesh)
+            mesh, partition(jax.tree_util.keystr(path, simple=True, separator="/"), param.shape, logical, mesh)
         )
 
     return jax.tree_util.tree_map_with_path(one, params, logical_axes)
 
 
-def _partition(path: str, shape: tuple[int, ...], logical: P, mesh: Mesh) -> P:
+def partition(path: str, shape: tuple[int, ...], logical: P, mesh: Mesh | AbstractMesh) -> P:
+    """The mesh axes of each dimension of one parameter. Raises UserError as `named_shardings` does."""
     names = tuple(logical) + (None,) * (len(shape) - len(logical))
     chosen: list[tuple[str, ...] | None] = [None] * len(shape)
     refused: dict[int, tuple[str, ...]] = {}
@@ -106,16 +106,9 @@ def _partition(path: str, shape: tuple[int, ...], logical: P, mesh: Mesh) -> P:
 BATCH_AXES = dict(RULES)["batch"]
 
 
-def check_batch(config: DataConfig, mesh: Mesh) -> None:
-    """Raises UserError unless rows divide over the mesh's batch axes and positions over `context`."""
-    rows, positions = math.prod(mesh.shape[axis] for axis in BATCH_AXES), mesh.shape["context"]
-    if config.batch_size % rows:
-        sizes = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in BATCH_AXES if mesh.shape[axis] > 1)
-        raise UserError(f"DataConfig.batch_size={config.batch_size} is not a multiple of the mesh's {sizes}")
-    if config.sequence_length % positions:
-        raise UserError(
-            f"DataConfig.sequence_length={config.sequence_length} is not a multiple of the mesh's context={positions}"
-        )
+def splits_batch(mesh: Mesh | AbstractMesh, rows: int, positions: int) -> bool:
+    """Whether every device gets as many rows and positions as the others."""
+    return rows % math.prod(mesh.shape[axis] for axis in BATCH_AXES) == 0 and positions % mesh.shape["context"] == 0
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

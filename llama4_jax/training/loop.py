@@ -18,8 +18,9 @@ from llama4_jax.data.pipeline import heldout_batches, prepare_corpus, train_batc
 from llama4_jax.errors import UserError
 from llama4_jax.evaluation import EVALUATIONS, Evaluate, EvaluationContext, require_known
 from llama4_jax.model.llama4 import Llama4
+from llama4_jax.parallel.fit import check_fit
 from llama4_jax.parallel.mesh import make_mesh
-from llama4_jax.parallel.rules import check_batch, put_batch, use_mesh
+from llama4_jax.parallel.rules import put_batch, use_mesh
 from llama4_jax.training.balancing import bias_balancing
 from llama4_jax.training.flops import peak_of, training_flops_per_token
 from llama4_jax.training.objective import Metrics, cross_entropy_objective
@@ -68,7 +69,7 @@ def train(experiment: Experiment, workdir: str | Path, *, progress: bool = True)
     for name, config in experiment.evaluations.items():
         require_known(name, config)
     mesh = make_mesh(experiment.mesh)
-    check_batch(experiment.data, mesh)
+    check_fit(mesh, experiment.model, experiment.execution, experiment.data)
     run = WorkDirectory(workdir, experiment)
     with contextlib.closing(RunCheckpoints(run.checkpoints, keep=experiment.checkpoint.keep)) as checkpoints:
         newest = checkpoints.newest_step()

@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
-from llama4_jax.config import DataConfig, ExecutionConfig, ModelConfig
+from llama4_jax.config import ExecutionConfig, ModelConfig
 from llama4_jax.errors import UserError
 from llama4_jax.model.llama4 import Llama4, abstract_params, logical_axes
 from llama4_jax.parallel.mesh import AXES
-from llama4_jax.parallel.rules import RULES, check_batch, named_shardings
+from llama4_jax.parallel.rules import RULES, named_shardings
 
 
 def mesh_of(**sizes):
@@ -75,11 +75,3 @@ def test_a_dimension_that_no_rule_divides_is_named_with_its_axis():
 def test_an_unknown_logical_name_is_a_programming_error():
     with pytest.raises(ValueError, match="no rule for logical axes"):
         spec_of((4,), ("emdeb",), mesh_of())
-
-
-def test_rows_and_positions_must_divide():
-    check_batch(DataConfig(batch_size=8, sequence_length=64), mesh_of(data=2, fsdp=2, expert=2, context=2))
-    with pytest.raises(UserError, match="batch_size=6 is not a multiple of the mesh's data=2 x expert=2"):
-        check_batch(DataConfig(batch_size=6), mesh_of(data=2, expert=2))
-    with pytest.raises(UserError, match="sequence_length=6 is not a multiple of the mesh's context=4"):
-        check_batch(DataConfig(sequence_length=6), mesh_of(context=4))

@@ -46,7 +46,7 @@ def test_a_setting_that_is_younger_than_the_folder_counts_as_its_default(tmp_pat
     (tmp_path / "experiment.json").write_text(json.dumps(settings))
     other = experiment()
     other.optimizer.weight_decay = 0.5
-    with pytest.raises(UserError, match="weight_decay is 0.1 there and 0.5 here"):
+    with pytest.raises(UserError, match=r"weight_decay is 0\.1 there and 0\.5 here"):
         WorkDirectory(tmp_path, other)
 
 

@@ -1,0 +1,302 @@
+"""The routed experts on a mesh: which tokens travel where, and back. No token is dropped, whatever the router does.
+
+Experts live on `expert`, their width F on `tensor`, and their D is gathered over `fsdp` for the time of one layer. Tokens
+lie on every axis but `tensor`, so most of them have to reach another shard of `expert`:
+
+- all-to-all: each shard sends each other shard a bucket with the rows that its experts need, and gets their answers back.
+- all-gather: every shard gets all tokens of its `expert` group, picks the rows of its own experts, and the answers are
+  added up where the tokens came from (a reduce-scatter).
+
+Both put rows into buffers of a fixed size, `SPARE` times an even share. What does not fit waits for another round, and
+rounds go on until no device of the group has a row left: so the worst case takes time, not memory. The first round keeps
+what its gradient needs; the others, which a healthy router never sees, compute it again.
+
+With `tensor`, a row travels over `expert` in slices of D / tensor, one by each tensor shard, and is put together there.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from llama4_jax.errors import UserError
+from llama4_jax.parallel.mesh import current_mesh, gather, sum_and_scatter
+from llama4_jax.parallel.rules import BATCH_AXES, partition, splits_batch
+
+Exchange = Literal["all_to_all", "all_gather"]
+LocalFFN = Callable[..., Array]  # (x [M D], experts [M X], scores [M X], gate_up, down) -> [M D]
+
+SPARE = 1.25  # buffers over the even share of rows; routers that are kept balanced stay below it
+ROW_MULTIPLE = 8  # a buffer's rows are a multiple of this, a tile's height
+
+
+def buffer_rows(rows: int, shards: int) -> int:
+    """Rows of the buffer for one of `shards` receivers of `rows` rows: SPARE times an even share, never above all rows."""
+    share = -(-int(rows * SPARE) // shards)
+    return min(rows, -(-share // ROW_MULTIPLE) * ROW_MULTIPLE)
+
+
+def exchange_bytes(
+    exchange: Exchange,
+    *,
+    tokens: int,
+    hidden_size: int,
+    experts_per_token: int,
+    expert_shards: int,
+    tensor_shards: int,
+    itemsize: int,
+) -> int:
+    """Bytes that one device sends over `expert` in one layer's forward pass; the backward pass sends as many.
+
+    With M' tokens on a device, X experts a token, R shards of `expert`, t of `tensor` and b bytes a number:
+
+        all-to-all   2 (R - 1) bucket (D / t) b,  bucket = SPARE M' X / R, in whole tiles
+        all-gather   2 (R - 1) M' (D / t) b
+
+    The two directions are the rows and their answers; expert indices and scores, 8 bytes a row, are left out. Weights do
+    not move over `expert`, so their F is not in it, and a second round of a skewed router is not foreseen.
+    """
+    rows = buffer_rows(tokens * experts_per_token, expert_shards) if exchange == "all_to_all" else tokens
+    return 2 * (expert_shards - 1) * rows * -(-hidden_size // tensor_shards) * itemsize
+
+
+def choose_exchange(**sizes: int) -> Exchange:
+    """The exchange that sends fewer bytes, `exchange_bytes` of the same arguments; all-gather when they send the same.
+
+    That is all-to-all where a bucket is smaller than all of a device's tokens: SPARE * X < R, and more than a few tokens.
+    Memory goes the same way. It counts bytes, not links: on hosts whose all-to-all is slow, override it with
+    ExecutionConfig.expert_exchange.
+    """
+    cheaper = exchange_bytes("all_to_all", **sizes) < exchange_bytes("all_gather", **sizes)
+    return "all_to_all" if cheaper else "all_gather"
+
+
+def routed_experts(
+    x: Float[Array, "B T D"],
+    experts: Int[Array, "B T X"],
+    scores: Float[Array, "B T X"],
+    gate_up: Float[Array, "E D 2 F"],
+    down: Float[Array, "E F D"],
+    *,
+    ffn: LocalFFN,
+    exchange: Literal["auto", "all_to_all", "all_gather"] = "auto",
+) -> Float[Array, "B T D"]:
+    """sum over x of expert_{e_x}(s_x * x) for every token, on the mesh of `use_mesh`; `ffn` computes it on one device.
+
+    Without a mesh, or for rows and positions that the mesh does not divide (one prompt on eight devices), it is `ffn`,
+    which the compiler then splits as it sees fit.
+
+    Raises:
+        UserError: the mesh does not divide the experts or the model's width.
+    """
+    mesh = current_mesh()
+    if mesh is None or not splits_batch(mesh, *x.shape[:2]):
+        return _on_rows(ffn, x, experts, scores, gate_up, down)
+    sizes = mesh.shape
+    rows = P(BATCH_AXES, "context")
+    specs = partition("gate_up", gate_up.shape, P("experts", "embed", None, "ffn"), mesh), partition("down", down.shape, P("experts", "ffn", "embed"), mesh)  # fmt: skip
+    if sizes["expert"] == 1:
+        # Each tensor shard answers with a part of the sum; adding outside leaves the all-reduce to the compiler, which can
+        # join it with the shared expert's.
+        compute, columns, out = (lambda *args: _on_rows(ffn, *args)[None]), None, P("tensor", *rows)
+    else:
+        if x.shape[-1] % sizes["tensor"]:
+            raise UserError(f"hidden_size={x.shape[-1]} is not a multiple of the mesh's tensor={sizes['tensor']}")
+        form = _exchange(mesh, x, experts.shape[-1]) if exchange == "auto" else exchange
+        compute, columns, out = partial(_EXCHANGES[form], ffn), "tensor", P(*rows, "tensor")
+
+    def on_shard(x, experts, scores, gate_up, down):
+        gate_up = gather(gate_up, "fsdp", 1)  # [E', D, 2, F']
+        down = gather(down, "fsdp", 2)  # [E', F', D]
+        return compute(x, experts, scores, gate_up, down)
+
+    # Gathered weights are as large as all shards together, so the backward pass gathers them again.
+    on_shard = jax.checkpoint(on_shard) if sizes["fsdp"] > 1 else on_shard
+    y = jax.shard_map(
+        on_shard, mesh=mesh, in_specs=(P(*rows, columns), rows, rows, *specs), out_specs=out, check_vma=False
+    )(x, experts, scores, gate_up, down)  # fmt: skip
+    return y.sum(axis=0) if sizes["expert"] == 1 else y
+
+
+def _exchange(mesh: AbstractMesh, x: Array, experts_per_token: int) -> Exchange:
+    """The cost rule's choice for these shapes."""
+    B, T, D = x.shape
+    return choose_exchange(
+        tokens=B * T // math.prod(mesh.shape[axis] for axis in (*BATCH_AXES, "context")),
+        hidden_size=D,
+        experts_per_token=experts_per_token,
+        expert_shards=mesh.shape["expert"],
+        tensor_shards=mesh.shape["tensor"],
+        itemsize=x.dtype.itemsize,
+    )
+
+
+def _on_rows(ffn: LocalFFN, x, experts, scores, gate_up, down):
+    """`ffn` on [B, T, ...] as rows."""
+    return ffn(*(a.reshape(-1, a.shape[-1]) for a in (x, experts, scores)), gate_up, down).reshape(x.shape)
+
+
+# ------------------------------------------------------------------------------------------------------------------------
+# The two exchanges, inside shard_map: x [B', T', D'] with D' = D / tensor, experts and scores [B', T', X]
+
+
+def _all_to_all(ffn: LocalFFN, x, experts, scores, gate_up, down):
+    shards, local_experts = jax.lax.axis_size("expert"), gate_up.shape[0]
+    size = buffer_rows(experts.size, shards)
+    queue = line_up(experts // local_experts, shards)
+    rounds = jax.lax.pmax(-(-jnp.max(queue.lengths) // size), "expert")  # agreed on: each round is a collective
+
+    def one_round(i, queue_and_experts, x, scores, gate_up, down):
+        queue, experts = queue_and_experts
+        slots = queue.slots(i, size)
+
+        def travel(rows):
+            return jax.lax.all_to_all(rows, "expert", split_axis=0, concat_axis=0, tiled=True)
+
+        rows = gather(travel(to_slots(x, slots)), "tensor", 1)  # [R * size, D]
+        expert, score = travel(slots.of_pairs(experts % local_experts)), travel(slots.of_pairs(scores))
+        y = sum_and_scatter(ffn(rows, expert, score, gate_up, down), "tensor", 1)  # [R * size, D']
+        return from_slots(travel(y), slots)
+
+    rows = x.reshape(-1, x.shape[-1])
+    y = sum_of_rounds(one_round, rounds, (queue, experts), rows, scores, gate_up, down)
+    return y.reshape(x.shape)
+
+
+def _all_gather(ffn: LocalFFN, x, experts, scores, gate_up, down):
+    shards, local_experts = jax.lax.axis_size("expert"), gate_up.shape[0]
+    rows = [a.reshape(-1, a.shape[-1]) for a in (x, experts, scores)]
+    all_rows, all_experts, all_scores = (gather(a, "expert", 0) for a in rows)  # [R * M', D' or X]
+    local = all_experts - jax.lax.axis_index("expert") * local_experts
+    here = (local >= 0) & (local < local_experts)
+    size = buffer_rows(all_experts.size, shards)
+    queue = line_up(jnp.where(here, 0, 1), 1)
+    rounds = -(-jnp.max(queue.lengths) // size)  # equal on the tensor shards, which alone talk inside a round
+
+    def one_round(i, queue_and_experts, rows, scores, gate_up, down):
+        queue, local = queue_and_experts
+        slots = queue.slots(i, size)
+        rows = gather(to_slots(rows, slots), "tensor", 1)  # [size, D]
+        y = ffn(rows, slots.of_pairs(local), slots.of_pairs(scores), gate_up, down)
+        return from_slots(sum_and_scatter(y, "tensor", 1), slots)
+
+    y = sum_of_rounds(one_round, rounds, (queue, local), all_rows, all_scores, gate_up, down)  # [R * M', D']
+    return sum_and_scatter(y, "expert", 0).reshape(x.shape)
+
+
+_EXCHANGES = {"all_to_all": _all_to_all, "all_gather": _all_gather}
+
+
+# ------------------------------------------------------------------------------------------------------------------------
+# Rows in buffers of a fixed size
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Slots:
+    """Which (token, choice) pair has which slot of a round's buffer. Pairs are numbered token * X + choice.
+
+    Attributes:
+        pair: of each slot; the number of pairs where it is empty.
+        slot: of each pair; the number of slots where it waits for another round, or has no place here.
+    """
+
+    pair: Int[Array, " slots"]
+    slot: Int[Array, "M X"]
+
+    def of_pairs(self, values: Array) -> Array:
+        """[slots, 1]: the value of each slot's pair, of as many values as there are pairs; 0 in empty slots."""
+        return jnp.take(values.reshape(-1), self.pair, mode="fill", fill_value=0)[:, None]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Queue:
+    """Pairs in line before their receivers.
+
+    Attributes:
+        receiver: of each pair; `receivers` and more for pairs that go nowhere.
+        place: of each pair in its line.
+        lengths: of the lines.
+    """
+
+    receiver: Int[Array, "M X"]
+    place: Int[Array, "M X"]
+    lengths: Int[Array, " receivers"]
+
+    def slots(self, round_: Int[Array, ""] | int, size: int) -> Slots:
+        """The places round_ * size and on of each line, in buffers of `size` that lie one after another."""
+        receivers, pairs = self.lengths.size, self.receiver.size
+        place = self.place - round_ * size
+        now = (place >= 0) & (place < size) & (self.receiver < receivers)
+        slot = jnp.where(now, self.receiver * size + place, receivers * size)
+        pair = jnp.full(receivers * size, pairs, jnp.int32).at[slot.reshape(-1)].set(jnp.arange(pairs), mode="drop")
+        return Slots(pair, slot)
+
+
+def line_up(receiver: Int[Array, "*M X"], receivers: int) -> Queue:
+    """Every pair queues for its receiver, in the order of tokens."""
+    chosen = receiver.reshape(-1)
+    running = jnp.cumsum(jax.nn.one_hot(chosen, receivers, dtype=jnp.int32), axis=0)  # [pairs, receivers]
+    place = jnp.take_along_axis(running, chosen[:, None], axis=1, mode="clip")[:, 0] - 1
+    shape = (-1, receiver.shape[-1])
+    return Queue(chosen.reshape(shape), place.reshape(shape), running[-1])
+
+
+# Each is the transpose of the other, so that both directions and both gradients are gathers.
+
+
+@jax.custom_vjp
+def to_slots(tokens: Float[Array, "M D"], slots: Slots) -> Float[Array, "slots D"]:
+    """The token of each slot; zeros in empty ones."""
+    return jnp.take(tokens, slots.pair // slots.slot.shape[1], axis=0, mode="fill", fill_value=0)
+
+
+@jax.custom_vjp
+def from_slots(rows: Float[Array, "slots D"], slots: Slots) -> Float[Array, "M D"]:
+    """The sum over each token's slots."""
+    return jnp.take(rows, slots.slot, axis=0, mode="fill", fill_value=0).sum(axis=1)
+
+
+to_slots.defvjp(lambda x, slots: (to_slots(x, slots), slots), lambda slots, d: (from_slots(d, slots), None))
+from_slots.defvjp(lambda x, slots: (from_slots(x, slots), slots), lambda slots, d: (to_slots(d, slots), None))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def sum_of_rounds(one_round: Callable[..., Array], rounds: Int[Array, ""], index: Any, *args: Array) -> Array:
+    """sum over i < max(rounds, 1) of one_round(i, index, *args).
+
+    The gradient with respect to `args` keeps the residuals of round 0 and computes those of later rounds again, so memory
+    does not grow with the rounds.
+    """
+    return _sum_forward(one_round, rounds, index, *args)[0]
+
+
+def _sum_forward(one_round, rounds, index, *args):
+    first, pullback = jax.vjp(partial(one_round, 0, index), *args)
+    y = _later_rounds(rounds, first, lambda i: one_round(i, index, *args))
+    return y, (pullback, rounds, index, args)
+
+
+def _sum_backward(one_round, residuals, dy):
+    pullback, rounds, index, args = residuals
+    gradients = _later_rounds(rounds, pullback(dy), lambda i: jax.vjp(partial(one_round, i, index), *args)[1](dy))
+    return None, None, *gradients
+
+
+def _later_rounds(rounds, first, one_round):
+    def add(carry):
+        i, total = carry
+        return i + 1, jax.tree.map(jnp.add, total, one_round(i))
+
+    return jax.lax.while_loop(lambda carry: carry[0] < rounds, add, (jnp.int32(1), first))[1]
+
+
+sum_of_rounds.defvjp(_sum_forward, _sum_backward)
