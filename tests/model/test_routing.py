@@ -29,9 +29,9 @@ def bias_state(*biases):
 
 
 def router(X=1, **changes):
-    """A router of four experts, its parameters and 50 tokens."""
+    """A router of four experts, its parameters and 2 x 25 tokens."""
     config = ModelConfig(**vars(TINY) | {"experts_per_token": X} | changes)
-    x = jax.random.normal(jax.random.key(0), (50, TINY.hidden_size))
+    x = jax.random.normal(jax.random.key(0), (2, 25, TINY.hidden_size))
     return Router(config), {"kernel": jax.random.normal(jax.random.key(1), (TINY.hidden_size, 4)) / 8}, x
 
 
