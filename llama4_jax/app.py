@@ -12,13 +12,14 @@ import types
 import typing
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from absl import app, flags, logging
 
 from llama4_jax.config import Experiment, validated
 from llama4_jax.errors import UserError
 
+T = TypeVar("T")
 PREEMPTED = 42  # exit status: saved and stopped by a signal; start again to go on
 _PREFIX = "--config."
 
@@ -61,13 +62,14 @@ def load_experiment(path: str, overrides: dict[str, str]) -> Experiment:
     Raises:
         UserError: no such file, no get_config in it, an unknown field, or a bad value.
     """
-    experiment = _get_config(path)
+    experiment = load_object(path, "get_config", Experiment)
     for name, text in overrides.items():
         override(experiment, name, text)
     return validated(experiment)
 
 
-def _get_config(path: str) -> Experiment:
+def load_object(path: str, function: str, kind: type[T]) -> T:
+    """What `function` of the Python file returns. Raises UserError when it is not a `kind`, or there is no such function."""
     if not Path(path).is_file():
         raise UserError(f"--config={path}: no such file")
     spec = importlib.util.spec_from_file_location("experiment_config", path)
@@ -78,12 +80,12 @@ def _get_config(path: str) -> Experiment:
         spec.loader.exec_module(module)
     except SyntaxError as error:
         raise UserError(f"--config={path}: line {error.lineno}: {error.msg}") from error
-    if not hasattr(module, "get_config"):
-        raise UserError(f"--config={path} has no get_config()")
-    experiment = module.get_config()
-    if not isinstance(experiment, Experiment):
-        raise UserError(f"--config={path}: get_config() returned {type(experiment).__name__}, not an Experiment")
-    return experiment
+    if not hasattr(module, function):
+        raise UserError(f"--config={path} has no {function}()")
+    made = getattr(module, function)()
+    if not isinstance(made, kind):
+        raise UserError(f"--config={path}: {function}() returned {type(made).__name__}; it must be one {kind.__name__}")
+    return made
 
 
 def override(config: Any, name: str, text: str) -> None:

@@ -84,7 +84,7 @@ def test_a_value_that_its_dataclass_refuses_is_told():
     [
         ("def get_config(:", "line 1: invalid syntax"),
         ("x = 1", "has no get_config()"),
-        ("def get_config(): return 3", "get_config() returned int, not an Experiment"),
+        ("def get_config(): return 3", "get_config() returned int; it must be one Experiment"),
     ],
 )
 def test_a_file_that_is_no_experiment_is_told(tmp_path, text, message):
