@@ -16,14 +16,14 @@ def get_sweep() -> Sweep:
 def experiment(width: int, learning_rate: float, scaled: bool = True) -> c.Experiment:
     return c.Experiment(
         model=c.ModelConfig(
-            vocab_size=1024,
+            vocab_size=320,
             hidden_size=width,
             num_layers=2,
             num_heads=width // 32,
             num_kv_heads=width // 64,
             head_dim=32,
             moe_interval=0,
-            dense_ffn_size=2 * width,
+            dense_ffn_size=width,
             nope_interval=2,
             attention_chunk_size=64,
             initializer_range=0.05,
@@ -35,8 +35,8 @@ def experiment(width: int, learning_rate: float, scaled: bool = True) -> c.Exper
         ),
         data=c.DataConfig(sources=("python:stdlib",), heldout_fraction=0.005, sequence_length=128, batch_size=4),
         optimizer=c.OptimizerConfig(learning_rate=learning_rate, warmup_steps=10, final_fraction=0.0),
-        evaluations={"heldout": c.EvaluationConfig("bits_per_byte", every=64, max_batches=16)},
-        checkpoint=c.CheckpointConfig(every=64, keep=1),
-        steps=64,
-        log_every=16,
+        evaluations={"heldout": c.EvaluationConfig("bits_per_byte", every=80, max_batches=16)},
+        checkpoint=c.CheckpointConfig(every=80, keep=1),
+        steps=80,
+        log_every=20,
     )
