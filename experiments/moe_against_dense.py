@@ -1,15 +1,35 @@
-"""A mixture of experts against a dense model of the same active size, on the same tokens."""
+"""A mixture of experts against a dense model of the same active size, on the same tokens.
+
+Each of four layers has 8 routed experts, of which a token passes one, and a shared one, all of FFN width 192: 1.51 million
+parameters, of which 0.478 million work on each token. The dense model has FFNs of width 384: 0.476 million parameters. From
+the same seed, at the same learning rate, 400 steps (0.8 million tokens) on the text that every Python carries give
+
+    | held-out bits a byte       | 200 steps | 400 steps |
+    |----------------------------|-----------|-----------|
+    | 8 experts and a shared one | 2.382     | 2.222     |
+    | dense                      | 2.391     | 2.234     |
+
+on the first 40 held-out batches: the mixture is ahead by 0.012 bits a byte (0.5%). That is one seed (others:
+`--config.seed=1`, in another --workdir) and a short run, in which eight experts have seen an eighth of the tokens each. Both runs
+took eight minutes on two cores shared with other work.
+
+Command to run:
+
+    python -m llama4_jax.sweep --config=experiments/moe_against_dense.py --workdir=runs/moe_against_dense
+"""
 
 from llama4_jax import config as c
 from llama4_jax.sweep import Run, Sweep
 
-ACTIVE_FFN = 384
+ACTIVE_FFN = 384  # of the FFN that one token passes: the dense one, or a routed and a shared expert of half each
 
 
 def get_sweep() -> Sweep:
-    experts = dict(num_experts=8, expert_ffn_size=ACTIVE_FFN // 2)
-    dense = dict(moe_interval=0, dense_ffn_size=ACTIVE_FFN)
-    return Sweep("seed", [Run("8 experts and a shared one", 0, experiment(**experts)), Run("dense", 0, experiment(**dense))])
+    kinds = {
+        "8 experts and a shared one": dict(num_experts=8, expert_ffn_size=ACTIVE_FFN // 2),
+        "dense": dict(moe_interval=0, dense_ffn_size=ACTIVE_FFN),
+    }
+    return Sweep("seed", [Run(name, 0, experiment(**kind)) for name, kind in kinds.items()])
 
 
 def experiment(**feed_forward) -> c.Experiment:

@@ -26,7 +26,7 @@ def experiment(width: int, learning_rate: float, scaled: bool = True) -> c.Exper
             dense_ffn_size=width,
             nope_interval=2,
             attention_chunk_size=64,
-            initializer_range=0.05,
+            initializer_range=0.125,
             transfer=c.Transfer(base_width=BASE, base_depth=2) if scaled else None,
             max_position_embeddings=8192,
             bos_token_id=0,
