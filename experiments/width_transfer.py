@@ -1,15 +1,37 @@
-"""The best learning rate stays where it is as a model grows."""
+"""The best learning rate stays where it is as a model grows eightfold in width, with `ModelConfig.transfer`.
+
+Twenty runs of 80 steps (41,000 tokens) of a dense Llama 4 of two layers, from width 64, where rate and initial deviation are
+as given, to 512, where they are scaled as llama4_jax/model/transfer.py says; then width 512 with both left as given. Bits per
+byte of held-out text, lower is better:
+
+    | learning rate         | 0.0039 | 0.0078 | 0.0156 | 0.0312 |
+    |-----------------------|--------|--------|--------|--------|
+    | width 64              | 3.457  | 3.344* | 3.363  | 3.395  |
+    | width 128             | 3.350  | 3.195  | 3.174* | 3.288  |
+    | width 256             | 3.183  | 3.069  | 3.046* | 3.132  |
+    | width 512             | 3.140  | 2.992  | 2.991* | 3.170  |
+    | width 512 unscaled    | 3.175* | 3.258  | 3.408  | 3.766   |
+
+The best rate lies at 0.0078 or 0.0156 at every width: 0.0078 costs at most 0.023 more than the best anywhere, and a wider model is
+better at every rate that is not the highest. Without scaling the best moves down to 0.0039 (0.00195 gave 3.281), and is 0.18
+worse. One seed; rates are a factor of two apart.
+
+The whole took seven minutes on two cores shared with other work, started with XLA_FLAGS=--xla_backend_optimization_level=0, since
+most of it is compilation. Command to run:
+
+    python -m llama4_jax.sweep --config=experiments/width_transfer.py --workdir=runs/width_transfer
+"""
 
 from llama4_jax import config as c
 from llama4_jax.sweep import Run, Sweep
 
 BASE = 64
-RATES = tuple(2.0**-n for n in (9, 8, 7, 6, 5))
+RATES = tuple(2.0**-n for n in (8, 7, 6, 5))
 
 
 def get_sweep() -> Sweep:
     runs = [Run(f"width {width}", rate, experiment(width, rate)) for width in (64, 128, 256, 512) for rate in RATES]
-    runs += [Run("width 512, not scaled", rate, experiment(512, rate, scaled=False)) for rate in RATES]
+    runs += [Run("width 512 unscaled", rate, experiment(512, rate, scaled=False)) for rate in RATES]
     return Sweep("learning rate", runs)
 
 
