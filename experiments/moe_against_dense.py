@@ -10,8 +10,8 @@ the same seed, at the same learning rate, 400 steps (0.8 million tokens) on the 
     | dense                      | 2.391     | 2.234     |
 
 on the first 40 held-out batches: the mixture is ahead by 0.012 bits a byte (0.5%). That is one seed (others:
-`--config.seed=1`, in another --workdir) and a short run, in which eight experts have seen an eighth of the tokens each. Both runs
-took eight minutes on two cores shared with other work.
+`--config.seed=1`, in another --workdir), whose spread was not measured, and a short run, in which each routed expert saw about
+an eighth of the tokens. Both runs took eight minutes on two cores shared with other work.
 
 Command to run:
 
