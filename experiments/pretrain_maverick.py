@@ -1,7 +1,7 @@
 """Pre-training of a model of Maverick's size, text alone, on a TPU v5p-256 slice: 128 chips, each one JAX device of 95 GB.
 
 400.7 billion parameters, of which 17.2 work on each token. 256 rows of 8,192 tokens, 2.1 million tokens a step; 500,000 steps
-are 1.05 trillion tokens. Each chip holds 4 of the 128 experts (`expert=32`), a quarter of their width (`fsdp=4`), and a 128th of
+are 1.05 trillion tokens. Each chip holds 4 of the 128 experts (`expert=32`), a quarter of their width (`fsdp=4`), a 128th of
 every other weight. Weights, gradients and both of Adam's moments in float32 take 50.1 GB of a chip, and what the backward pass
 keeps of each layer's input another 8.1 GB.
 

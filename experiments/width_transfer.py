@@ -12,7 +12,7 @@ byte of held-out text, lower is better:
     | width 512             | 3.140  | 2.992  | 2.991* | 3.170  |
     | width 512 unscaled    | 3.175* | 3.258  | 3.408  | 3.766  |
 
-The best rate lies at 0.0078 or 0.0156 at every width: 0.0078 costs at most 0.023 more than the best anywhere, and a wider model is
+The best rate lies at 0.0078 or 0.0156 at every width: 0.0078 costs at most 0.023 more than the best anywhere. A wider model is
 better at every rate that is not the highest. Without scaling the best moves down to 0.0039 (0.00195 gave 3.281), and is 0.18
 worse. One seed; rates are a factor of two apart.
 
