@@ -27,6 +27,7 @@ setup(
         "tokenizers>=0.21",
         "safetensors>=0.5",
         "matplotlib>=3.8",
+        "tensorboardX>=2.6",
         "tqdm>=4.66",
     ],
     extras_require={
