@@ -19,6 +19,8 @@ setup(
         "optax>=0.2.8,<0.3",
         "orbax-checkpoint>=0.12.8,<0.13",
         "grain>=0.2.18,<0.3",
+        "array_record>=0.8; sys_platform != 'win32'",
+        "fsspec>=2024.6",
         "numpy>=2.0",
         "absl-py>=2.1",
         "jaxtyping>=0.3",
@@ -30,6 +32,9 @@ setup(
     extras_require={
         "cuda": ["jax[cuda12]>=0.10,<0.13"],
         "tpu": ["jax[tpu]>=0.10,<0.13"],
+        "data": ["pyarrow>=15", "zstandard>=0.22"],
+        "cloud": ["gcsfs>=2024.6", "s3fs>=2024.6", "huggingface_hub>=0.30"],
+        "llama-tokenizer": ["llama-models>=0.3"],
         "hub": ["huggingface_hub>=0.30"],
         "test": ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "beartype>=0.18", "nbclient>=0.10", "ipykernel>=6.29"],
         "parity": ["torch>=2.6", "transformers>=5.20"],

@@ -20,7 +20,7 @@ _HOMES = {
     "llama4_jax.errors": ("UserError",),
     "llama4_jax.named_configs": ("count_parameters", "list_named_configs", "named_config"),
     "llama4_jax.model.cache": ("Cache",),
-    "llama4_jax.model.llama4": ("Llama4", "Output", "abstract_params", "init_params"),
+    "llama4_jax.model.llama4": ("Llama4", "Output", "abstract_params", "init_model_state", "init_params"),
     "llama4_jax.checkpoints.huggingface": ("load_config", "load_pretrained", "save_pretrained"),
     "llama4_jax.data.batch": ("Batch",),
     "llama4_jax.data.pipeline": ("heldout_batches", "prepare_corpus", "train_batches"),

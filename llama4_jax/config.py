@@ -121,8 +121,8 @@ class VisionConfig:
 class Transfer:
     """The size at which learning rate and initializer_range were tuned; see model/transfer.py for what follows."""
 
-    base_width: int  # hidden_size there
-    base_depth: int  # num_layers there
+    base_width: int = 256  # hidden_size there
+    base_depth: int = 4  # num_layers there
 
     def __post_init__(self):
         _require_positive(self, "base_width", "base_depth")
@@ -144,6 +144,7 @@ class ModelConfig:
     expert_ffn_size: int = 8192  # F of a routed and of the shared expert
     dense_ffn_size: int = 16_384  # F of a layer without experts
     shared_expert: bool = True
+    router_bias: bool = False  # a bias of each expert, outside the parameters, in the choice of experts alone; not in Llama 4
     moe_interval: int = 1  # every n-th layer has experts, the n-th first; 0: none has (a dense Llama)
     moe_layers: tuple[int, ...] | None = None  # these layers instead, when given
 
@@ -186,6 +187,8 @@ class ModelConfig:
                 1 <= self.experts_per_token <= self.num_experts,
                 f"ModelConfig.experts_per_token must be 1 to num_experts={self.num_experts}, got {self.experts_per_token}",
             )
+        else:
+            _require(not self.router_bias, "ModelConfig.router_bias needs a layer with experts, and this model has none")
         if not all(kind.is_moe for kind in self.layer_kinds):
             _require_positive(self, "dense_ffn_size")
         if self.attention_chunk_size is not None:
@@ -260,16 +263,22 @@ class MeshConfig:
 class DataConfig:
     """Text in, batches out.
 
-    A source is a file or a folder (.txt, .md, .py: one document a file; .jsonl: one a line), or `python:stdlib`: the
-    help topics and the standard library's source that the running Python carries.
+    A source is a file or a folder, here or behind a URL such as gs://, s3:// or hf://, or `python:stdlib`: the help topics and
+    the standard library's source that the running Python carries. Files are .txt, .md, .py (one document each), .jsonl,
+    .jsonl.gz, .jsonl.zst (one a line), .parquet (one a row) and .array_record (one a record).
     """
 
     sources: tuple[str, ...] = ()
+    weights: tuple[
+        float, ...
+    ] = ()  # shares of the training rows by source; empty: all are packed together, as large as they are
     heldout_sources: tuple[str, ...] = ()  # empty: whole documents of `sources` are held out
     heldout_fraction: float = 0.05  # of the bytes, when heldout_sources is empty
-    text_field: str = "text"  # of a JSONL record
+    text_field: str = "text"  # of a record
     deduplicate: bool = True  # drop near-duplicate documents before the split
-    tokenizer: str = "bpe"  # `bpe` trains one on the training documents; otherwise a tokenizer.json
+    tokenizer: str = "bpe"  # `bpe` trains one on the training documents; a tokenizer.json or .model; `llama4`: llama-models'
+    tokenizer_ranks: int | None = None  # keep these first ranks of a tokenizer.model, for small models
+    prepared: str | None = None  # a folder that llama4_jax.prepare made: read it; `sources` are compared with it if given
     sequence_length: int = 512  # T
     batch_size: int = 16  # B, over all devices and processes
     shuffle_seed: int = 0
@@ -279,18 +288,41 @@ class DataConfig:
         _require(
             0 < self.heldout_fraction < 1, f"DataConfig.heldout_fraction must lie between 0 and 1, got {self.heldout_fraction}"
         )
+        _require(
+            not (self.weights and self.sources) or len(self.weights) == len(self.sources),
+            f"DataConfig.weights has {len(self.weights)} values for {len(self.sources)} sources",
+        )
+        _require(
+            all(0 < weight < float("inf") for weight in self.weights),
+            f"DataConfig.weights must be positive, got {', '.join(map(str, self.weights))}; leave a source out instead",
+        )
 
 
 @dataclasses.dataclass
 class ObjectiveConfig:
-    """Weights of the terms that are added to the cross entropy. Meta published none of them."""
+    """What is minimised, and what keeps the experts evenly used meanwhile. Meta published none of it.
+
+    The two weights are of terms that are added to the cross entropy. The bias moves only in a model that has one, see
+    ModelConfig.router_bias. Capacity and jitter are of training alone: evaluation and sampling drop nothing.
+    """
 
     load_balance_weight: float = 0.01  # Switch Transformer, arXiv 2101.03961, equation 4
     router_z_weight: float = 0.001  # ST-MoE, arXiv 2202.08906, equation 5
+    bias_update_rate: float = 0.001  # logits a step that an expert's bias moves; arXiv 2408.15664, algorithm 1
+    bias_anneal_fraction: float = 0.0  # of the steps: the last ones, over which the bias shrinks to zero; 0: it stays
+    capacity_factor: float | None = None  # choices that an expert takes, over an even share; more are dropped. None: all
+    router_jitter: float = 0.0  # what the router reads is multiplied by uniform(1 - jitter, 1 + jitter); arXiv 2101.03961
 
     def __post_init__(self):
-        for name in ("load_balance_weight", "router_z_weight"):
+        for name in ("load_balance_weight", "router_z_weight", "bias_update_rate"):
             _require(getattr(self, name) >= 0, f"ObjectiveConfig.{name} must be 0 or more, got {getattr(self, name)}")
+        _require(
+            0 <= self.bias_anneal_fraction <= 1,
+            f"ObjectiveConfig.bias_anneal_fraction must lie in [0, 1], got {self.bias_anneal_fraction}",
+        )
+        _require(0 <= self.router_jitter < 1, f"ObjectiveConfig.router_jitter must lie in [0, 1), got {self.router_jitter}")
+        if self.capacity_factor is not None:
+            _require_positive(self, "capacity_factor")
 
 
 @dataclasses.dataclass
@@ -363,6 +395,10 @@ class Experiment:
         _require(
             self.model.transfer is None or self.optimizer.rule == "adamw",
             f"ModelConfig.transfer holds for OptimizerConfig.rule=adamw, got {self.optimizer.rule!r}",
+        )
+        _require(
+            self.model.router_bias or not self.objective.bias_anneal_fraction,
+            f"ObjectiveConfig.bias_anneal_fraction={self.objective.bias_anneal_fraction} needs ModelConfig.router_bias=true",
         )
         chunk, length = self.model.attention_chunk_size, self.data.sequence_length
         _require(

@@ -51,7 +51,14 @@ def print_sample(result, prompt: str, seed: int) -> None:
     from llama4_jax.inference.sampling import generate_text
 
     text = generate_text(
-        result.model, result.state.params, result.corpus.tokenizer, prompt, max_new_tokens=96, temperature=0.7, seed=seed
+        result.model,
+        result.state.params,
+        result.corpus.tokenizer,
+        prompt,
+        max_new_tokens=96,
+        temperature=0.7,
+        seed=seed,
+        model_state=result.state.model_state,
     )
     print(f"--- a sample that goes on from {prompt!r}\n{prompt}{text}")
 

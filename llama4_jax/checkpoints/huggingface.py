@@ -411,21 +411,36 @@ def _and_more(names: list[str]) -> str:
 # Writing
 
 
-def save_pretrained(folder: str | os.PathLike, config: ModelConfig, params: dict) -> None:
+def save_pretrained(
+    folder: str | os.PathLike,
+    config: ModelConfig,
+    params: dict,
+    model_state: dict | None = None,
+    *,
+    drop_router_bias: bool = False,
+) -> None:
     """Writes config.json, generation_config.json and the weights, as transformers' Llama4ForCausalLM loads them.
 
     The folder appears whole or not at all: everything is written beside it and renamed. Only the text model is written.
+    Published Llama 4 has no place for a router's bias: a model with one is written if the bias is zero, as after training
+    with ObjectiveConfig.bias_anneal_fraction, and otherwise refused.
 
     Args:
         folder: must not exist, or be empty.
         config: of the model.
         params: its parameters, in their own dtype.
+        model_state: of TrainState; a model with a router bias needs it.
+        drop_router_bias: write the model without its bias, whatever that is: it will choose other experts.
 
     Raises:
         UserError: transformers' Llama 4 cannot hold this model, the parameters are not the configuration's, the folder is
             in use, or the disk refuses. One line names the reason.
     """
     folder = Path(folder).expanduser()
+    if config.router_bias:
+        if not drop_router_bias:
+            _require_zero_bias(model_state)
+        config = dataclasses.replace(config, router_bias=False)
     if config.vision is not None:
         warnings.warn(f"{folder}: only the text model is written; the vision tower of the configuration is not", stacklevel=2)
         config = dataclasses.replace(config, vision=None)
@@ -452,6 +467,17 @@ def save_pretrained(folder: str | os.PathLike, config: ModelConfig, params: dict
         raise UserError(f"{folder}: cannot be written: {_one_line(error)}") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _require_zero_bias(model_state: dict | None) -> None:
+    if not model_state or "router_bias" not in model_state:
+        raise UserError("ModelConfig.router_bias is true: give model_state, of TrainState, to show that the bias is zero")
+    for path, bias in jax.tree_util.tree_leaves_with_path(model_state["router_bias"]):
+        if (largest := float(jnp.max(jnp.abs(bias)))) != 0:
+            raise UserError(
+                f"router_bias/{jax.tree_util.keystr(path, simple=True, separator='/')} reaches {largest:.3g}, and published "
+                f"Llama 4 has no router bias: train with objective.bias_anneal_fraction, or pass drop_router_bias=True"
+            )
 
 
 def _check_params(config: ModelConfig, params: dict) -> dict[tuple[str, ...], Any]:

@@ -325,6 +325,8 @@ def _write_text(config: ModelConfig) -> dict[str, Any]:
     kinds = config.layer_kinds
     if not config.shared_expert and any(kind.is_moe for kind in kinds):
         _refuse("shared_expert", False, "always has a shared expert")
+    if config.router_bias:
+        _refuse("router_bias", True, "has no bias in its router")
     temperature = config.temperature or AttentionTemperature()
     if temperature.floor != int(temperature.floor):
         _refuse("temperature.floor", temperature.floor, "takes an integer floor_scale")

@@ -6,22 +6,31 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from llama4_jax.config import DataConfig
-from llama4_jax.data import deduplicate
+from llama4_jax.data.digest import ContentDigest, hash_file
+from llama4_jax.data.documents import (
+    describe_tokenizer,
+    make_tokenizer,
+    require_both_parts,
+    require_lossless,
+    split_documents,
+    tokenize,
+)
 from llama4_jax.data.packing import PackedRows, PackingPlan, TokenizedDocuments, check_windows, plan_packing
+from llama4_jax.data.row_streams import StreamedRows
+from llama4_jax.data.shards import HELDOUT_TEXT, TOKENIZER_FILE, load_shards
 from llama4_jax.data.sources import Document, read_source
 from llama4_jax.errors import UserError
 from llama4_jax.processing.tokenizer import Tokenizer
 
 _FORMAT = 1  # rises when the same input would give other rows
-_MANIFEST, _TOKENIZER, _HELDOUT_TEXT = "corpus.json", "tokenizer.json", "heldout.txt"
-_ENCODED_AT_ONCE = 1 << 22  # characters; bounds what the tokenizer holds in memory
+_MANIFEST = "corpus.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +50,8 @@ class CorpusCounts:
 @dataclasses.dataclass(frozen=True, eq=False)
 class Corpus:
     tokenizer: Tokenizer
-    train: PackedRows
+    sources: tuple[str, ...]  # of the training documents, in the order of Batch.source_ids
+    train: PackedRows | StreamedRows
     heldout: PackedRows
     counts: CorpusCounts
     fingerprint: str  # of everything that decides the rows; equal fingerprints, equal rows
@@ -54,7 +64,7 @@ class Corpus:
 
     def heldout_text(self) -> bytes:
         """All held-out documents end to end, in UTF-8."""
-        return (self.directory / _HELDOUT_TEXT).read_bytes()
+        return (self.directory / HELDOUT_TEXT).read_bytes()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,19 +76,18 @@ class _SourceText:
 
     def description(self) -> dict:
         """What the manifest says of a source: a change of any name or text shows in it."""
-        digest = hashlib.blake2b(digest_size=16)
-        size = 0
+        digest = ContentDigest()
         for document in self.documents:
-            for part in (document.name.encode("utf-8", "surrogateescape"), document.text.encode()):
-                digest.update(len(part).to_bytes(8, "little") + part)
-            size += len(part)  # the text, not the name
-        return {"source": self.spec, "documents": len(self.documents), "bytes": size, "content": digest.hexdigest()}
+            digest.add(document)
+        return {"source": self.spec} | digest.summary()
 
 
 def prepare_corpus(
     config: DataConfig, *, vocab_size: int, document_window: int | None, cache_dir: Path, progress: bool = True
 ) -> Corpus:
     """Reads, deduplicates, splits, tokenizes and packs the data of `config`, or loads what `cache_dir` keeps of that.
+
+    With `config.prepared` it opens that folder instead, and packs as training goes: nothing is written.
 
     Args:
         config: the data.
@@ -90,6 +99,8 @@ def prepare_corpus(
     Raises UserError for every fault of the sources or the tokenizer; when nothing would be held out, or nothing left; and
     when `cache_dir` is damaged or was made from other input: a run depends on it, so it is neither used nor replaced.
     """
+    if config.prepared is not None:
+        return _load_prepared(config, vocab_size, document_window)
     cache_dir = Path(cache_dir)
     if not config.sources:
         raise UserError("DataConfig.sources is empty: give files, folders or python:stdlib")
@@ -99,19 +110,18 @@ def prepare_corpus(
 
     if not (cache_dir / _MANIFEST).exists():
         _build(config, sources, heldout_sources, inputs, cache_dir, progress)
-    return _load(cache_dir, inputs)
+    return _load(config, cache_dir, inputs)
 
 
 def _describe_inputs(config, sources, heldout_sources, vocab_size, document_window) -> dict:
     """Everything that decides the rows, as JSON."""
-    tokenizer = config.tokenizer if config.tokenizer == "bpe" else _hash_file(Path(config.tokenizer))
     return {
         "format": _FORMAT,
         "sources": [source.description() for source in sources],
         "heldout_sources": [source.description() for source in heldout_sources],
         "heldout_fraction": None if heldout_sources else config.heldout_fraction,
         "deduplicate": config.deduplicate,
-        "tokenizer": tokenizer,
+        "tokenizer": describe_tokenizer(config),
         "vocab_size": vocab_size,
         "sequence_length": config.sequence_length,
         "document_window": document_window,
@@ -146,53 +156,28 @@ class _Split:
 
 
 def _split(config: DataConfig, sources: Sequence[_SourceText], heldout_sources: Sequence[_SourceText], progress) -> _Split:
-    def numbered(group, first):
-        return [(first + i, document) for i, source in enumerate(group) for document in source.documents]
-
-    heldout = numbered(heldout_sources, len(sources))
-    documents = heldout + numbered(sources, 0)  # of two near duplicates the first stays: a held-out set stays whole
-    kept = range(len(documents))
-    if config.deduplicate:
-        kept = deduplicate.distinct([document.text for _, document in documents], progress)
-
-    def is_held_out(i):
-        if heldout_sources:
-            return i < len(heldout)
-        return deduplicate.is_held_out(documents[i][1].name, config.heldout_fraction)
-
-    split = _Split(
-        documents_read=len(documents),
-        dropped=len(documents) - len(kept),
-        train=[documents[i] for i in kept if not is_held_out(i)],
-        heldout=[documents[i] for i in kept if is_held_out(i)],
-    )
-    if not split.train or not split.heldout:
-        which = "to train on" if not split.train else "held out"
-        raise UserError(
-            f"of {len(kept)} different documents in {', '.join(config.sources)} none is {which}: give more documents, "
-            "another DataConfig.heldout_fraction, or DataConfig.heldout_sources"
-        )
-    return split
+    documents = [(i, document) for i, source in enumerate([*sources, *heldout_sources]) for document in source.documents]
+    documents = [d for d in documents if d[0] >= len(sources)] + [d for d in documents if d[0] < len(sources)]
+    parts: dict[str, list] = {"train": [], "heldout": [], "duplicate": []}
+    bar = tqdm(documents, "dropping near duplicates", unit=" documents", delay=5, disable=not (progress and config.deduplicate))
+    for source, document, part in split_documents(config, bar):
+        parts[part].append((source, document))
+    require_both_parts(config, len(parts["train"]), len(parts["heldout"]))
+    return _Split(len(documents), len(parts["duplicate"]), parts["train"], parts["heldout"])
 
 
 def _tokenizer(config: DataConfig, split: _Split, vocab_size: int) -> Tokenizer:
-    if config.tokenizer == "bpe":
-        return Tokenizer.train_bpe((document.text for _, document in split.train), vocab_size)
-    tokenizer = Tokenizer.load(config.tokenizer)
-    tokenizer.require_fits(vocab_size)
-    heldout = [document for _, document in split.heldout]
-    for document, ids in zip(heldout, tokenizer.encode_batch([document.text for document in heldout]), strict=True):
-        if tokenizer.decode(ids) != document.text:
-            raise UserError(
-                f"tokenizer {config.tokenizer} does not give back the document {document.name} as it was, "
-                "so bits per byte would mean nothing: use a lossless tokenizer"
-            )
+    tokenizer = make_tokenizer(config, vocab_size, (document.text for _, document in split.train))
+    if config.tokenizer != "bpe":
+        heldout = [document for _, document in split.heldout]
+        for document, ids in zip(heldout, tokenizer.encode_batch([document.text for document in heldout]), strict=True):
+            require_lossless(tokenizer, document, ids)
     return tokenizer
 
 
 def _write(directory: Path, split: _Split, tokenizer: Tokenizer, inputs: dict, progress: bool) -> None:
-    tokenizer.save(directory / _TOKENIZER)
-    with open(directory / _HELDOUT_TEXT, "wb") as file:
+    tokenizer.save(directory / TOKENIZER_FILE)
+    with open(directory / HELDOUT_TEXT, "wb") as file:
         file.writelines(document.text.encode() for _, document in split.heldout)
     rows = {}
     for name, part in (("train", split.train), ("heldout", split.heldout)):
@@ -209,43 +194,28 @@ def _write(directory: Path, split: _Split, tokenizer: Tokenizer, inputs: dict, p
         train_documents=len(split.train),
         heldout_documents=len(split.heldout),
         train_bytes=sum(len(document.text.encode()) for _, document in split.train),
-        heldout_bytes=(directory / _HELDOUT_TEXT).stat().st_size,
+        heldout_bytes=(directory / HELDOUT_TEXT).stat().st_size,
         train_tokens=len(rows["train"].documents.ids),
         heldout_tokens=len(rows["heldout"].documents.ids),
         train_padding_share=rows["train"].padding_share,
         heldout_padding_share=rows["heldout"].padding_share,
     )
-    files = {path.name: _hash_file(path) for path in sorted(directory.iterdir())}
+    files = {path.name: hash_file(path) for path in sorted(directory.iterdir())}
     manifest = {"inputs": inputs, "counts": dataclasses.asdict(counts), "files": files}
     (directory / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
 def _tokenize(documents: list[tuple[int, Document]], tokenizer: Tokenizer, progress: bool) -> TokenizedDocuments:
-    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     ids = []
     total = sum(len(document.text) for _, document in documents)
     with tqdm(total=total, desc="tokenizing", unit=" characters", unit_scale=True, delay=5, disable=not progress) as bar:
-        for texts in _groups([document.text for _, document in documents]):
-            for encoded in tokenizer.encode_batch(texts):
-                ids.append(np.array([tokenizer.bos_id, *encoded, tokenizer.eos_id], dtype))
-            bar.update(sum(map(len, texts)))
+        for encoded in tokenize(tokenizer, [document.text for _, document in documents], bar.update):
+            ids.append(encoded)
     return TokenizedDocuments(
         ids=np.concatenate(ids),
         starts=np.cumsum([0, *map(len, ids)]),
         sources=np.array([source for source, _ in documents], np.int32),
     )
-
-
-def _groups(texts: list[str]) -> Iterator[list[str]]:
-    """Texts in order, in groups that hold no more than `_ENCODED_AT_ONCE` characters but for a single longer text."""
-    group, size = [], 0
-    for text in texts:
-        if group and size + len(text) > _ENCODED_AT_ONCE:
-            yield group
-            group, size = [], 0
-        group.append(text)
-        size += len(text)
-    yield group
 
 
 def _publish(unfinished: Path, cache_dir: Path) -> None:
@@ -261,14 +231,33 @@ def _publish(unfinished: Path, cache_dir: Path) -> None:
 # Loading
 
 
-def _load(directory: Path, inputs: dict) -> Corpus:
+def _load_prepared(config: DataConfig, vocab_size: int, document_window: int | None) -> Corpus:
+    shards = load_shards(config)
+    shards.tokenizer.require_fits(vocab_size)
+    train = StreamedRows(shards.train, config.sequence_length, document_window)
+    plan = plan_packing(shards.heldout.lengths, config.sequence_length, document_window)
+    heldout = PackedRows(shards.heldout, plan, config.sequence_length, document_window)
+    counts = CorpusCounts(**shards.counts, train_padding_share=train.padding_share, heldout_padding_share=heldout.padding_share)
+    decisive = f"{shards.fingerprint} {config.sequence_length} {document_window}"
+    return Corpus(
+        tokenizer=shards.tokenizer,
+        sources=shards.sources,
+        train=train,
+        heldout=heldout,
+        counts=counts,
+        fingerprint=hashlib.blake2b(decisive.encode(), digest_size=16).hexdigest(),
+        directory=shards.directory,
+    )
+
+
+def _load(config: DataConfig, directory: Path, inputs: dict) -> Corpus:
     try:
         text = (directory / _MANIFEST).read_text(encoding="utf-8")
         manifest = json.loads(text)
         counts = CorpusCounts(**manifest["counts"])
         _require_same_inputs(manifest["inputs"], inputs, directory)
         for name, content in manifest["files"].items():
-            if _hash_file(directory / name) != content:
+            if hash_file(directory / name) != content:
                 raise UserError(f"the prepared data file {directory / name} is damaged: delete {directory} to make it anew")
     except UserError:
         raise
@@ -279,7 +268,8 @@ def _load(directory: Path, inputs: dict) -> Corpus:
     rows = {name: _load_rows(directory, name, inputs) for name in ("train", "heldout")}
     decisive = json.dumps([_without_paths(manifest["inputs"]), manifest["files"]], sort_keys=True)
     return Corpus(
-        tokenizer=Tokenizer.load(directory / _TOKENIZER),
+        tokenizer=Tokenizer.load(directory / TOKENIZER_FILE),
+        sources=config.sources,
         train=rows["train"],
         heldout=rows["heldout"],
         counts=counts,
@@ -334,11 +324,3 @@ def _load_rows(directory: Path, name: str, inputs: dict) -> PackedRows:
     )
     plan = PackingPlan(*np.load(directory / f"{name}_plan.npy"))
     return PackedRows(documents, plan, inputs["sequence_length"], inputs["document_window"])
-
-
-def _hash_file(path: Path) -> str:
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None

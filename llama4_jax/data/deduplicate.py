@@ -7,11 +7,9 @@ import hashlib
 import re
 import zlib
 from collections import defaultdict
-from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import UInt64
-from tqdm import tqdm
 
 SIMILARITY = 0.7  # Jaccard similarity of two documents' shingles from which they count as near duplicates
 _SHINGLE = 5  # words
@@ -48,22 +46,24 @@ def _band_keys(hashes: UInt64[np.ndarray, "shingles"]) -> list[tuple[int, bytes]
     return [(band, values.tobytes()) for band, values in enumerate(minima.reshape(_BANDS, _ROWS))]
 
 
-def distinct(texts: Sequence[str], progress: bool = True) -> list[int]:
-    """Indices of the texts to keep: each text that is no near duplicate of one kept before it. Deterministic."""
-    kept: list[int] = []
-    kept_shingles: dict[int, np.ndarray] = {}
-    buckets = defaultdict(list)  # band key -> kept documents
-    for index, text in enumerate(tqdm(texts, "dropping near duplicates", unit=" documents", delay=5, disable=not progress)):
+class Distinct:
+    """Tells the texts that it is shown apart: deterministic, and in memory in proportion to them (8 bytes a word)."""
+
+    def __init__(self):
+        self._kept: list[np.ndarray] = []  # shingles
+        self._buckets = defaultdict(list)  # band key -> indices of kept texts
+
+    def keep(self, text: str) -> bool:
+        """Whether the text is no near duplicate of one kept before it; then it is kept."""
         hashes = shingles(text)
         keys = _band_keys(hashes)
-        candidates = {other for key in keys for other in buckets.get(key, ())}
-        if any(similarity(hashes, kept_shingles[other]) >= SIMILARITY for other in candidates):
-            continue
-        kept.append(index)
-        kept_shingles[index] = hashes
+        candidates = {other for key in keys for other in self._buckets.get(key, ())}
+        if any(similarity(hashes, self._kept[other]) >= SIMILARITY for other in candidates):
+            return False
         for key in keys:
-            buckets[key].append(index)
-    return kept
+            self._buckets[key].append(len(self._kept))
+        self._kept.append(hashes)
+        return True
 
 
 def is_held_out(name: str, fraction: float) -> bool:

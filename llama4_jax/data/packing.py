@@ -9,6 +9,7 @@ longer one starts on a window. Each window is a bin; best fit, longest piece fir
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 from jaxtyping import Int, Integer
@@ -16,24 +17,45 @@ from jaxtyping import Int, Integer
 from llama4_jax.data.batch import Batch
 
 
+class Documents(Protocol):
+    """Token ids of many documents, their begin and end tokens among them, wherever they lie."""
+
+    lengths: Integer[np.ndarray, "documents"]
+    sources: Int[np.ndarray, "documents"]  # index of the data source of each
+
+    def read(self, documents: Int[np.ndarray, "n"]) -> list[Integer[np.ndarray, "tokens"]]:
+        """The ids of these documents."""
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class TokenizedDocuments:
-    """Documents end to end: document i is ids[starts[i] : starts[i + 1]], its begin and end tokens among them."""
+    """Documents in memory, end to end: document i is ids[starts[i] : starts[i + 1]]."""
 
     ids: Integer[np.ndarray, "tokens"]
     starts: Int[np.ndarray, "documents+1"]
-    sources: Int[np.ndarray, "documents"]  # index of the data source of each
+    sources: Int[np.ndarray, "documents"]
+
+    @property
+    def lengths(self) -> Int[np.ndarray, "documents"]:
+        return np.diff(self.starts)
+
+    def read(self, documents: Int[np.ndarray, "n"]) -> list[Integer[np.ndarray, "tokens"]]:
+        return [self.ids[self.starts[i] : self.starts[i + 1]] for i in documents]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PackingPlan:
-    """Where each piece goes, in the order of rows and of places in a row."""
+    """Where each piece of some documents goes, in the order of rows and of places in a row."""
 
     document: Int[np.ndarray, "pieces"]
     start: Int[np.ndarray, "pieces"]  # of the piece in its document
     length: Int[np.ndarray, "pieces"]
     row: Int[np.ndarray, "pieces"]
     offset: Int[np.ndarray, "pieces"]  # of the piece in its row
+
+    def pieces(self, first: int, end: int) -> "PackingPlan":
+        """The plan of these pieces alone."""
+        return PackingPlan(*(getattr(self, field.name)[first:end] for field in dataclasses.fields(self)))
 
 
 def plan_packing(
@@ -114,9 +136,7 @@ def _best_fit_decreasing(sizes: np.ndarray, capacity: int, free: list[int]) -> t
 class PackedRows:
     """Rows of T tokens, made when they are asked for."""
 
-    def __init__(
-        self, documents: TokenizedDocuments, plan: PackingPlan, sequence_length: int, document_window: int | None = None
-    ):
+    def __init__(self, documents: Documents, plan: PackingPlan, sequence_length: int, document_window: int | None = None):
         self.documents = documents
         self.plan = plan
         self.sequence_length = sequence_length
@@ -132,31 +152,47 @@ class PackedRows:
         """Share of all places that hold no token, in [0, 1]."""
         return 1 - int(self.plan.length.sum()) / max(len(self) * self.sequence_length, 1)
 
+    def row(self, index: int) -> PackingPlan:
+        """The pieces of one row."""
+        return self.plan.pieces(self._first_piece[index], self._first_piece[index + 1])
+
     def batch(self, rows: Sequence[int] | Int[np.ndarray, "rows"], batch_size: int | None = None) -> Batch:
         """The rows of these indices; empty rows after them up to `batch_size`. Places without a token hold zeros."""
-        shape = (len(rows) if batch_size is None else batch_size, self.sequence_length)
-        tokens, targets, positions, segments, sources = (np.zeros(shape, np.int32) for _ in range(5))
-        plan, documents = self.plan, self.documents
-        for place, row in enumerate(rows):
-            pieces = range(self._first_piece[row], self._first_piece[row + 1])
-            for segment, piece in enumerate(pieces, start=1):
-                length = plan.length[piece]
-                here = (place, slice(plan.offset[piece], plan.offset[piece] + length))
-                read = documents.starts[plan.document[piece]] + plan.start[piece]
-                tokens[here] = documents.ids[read : read + length]
-                targets[here] = documents.ids[read + 1 : read + 1 + length]
-                positions[here] = np.arange(length)
-                segments[here] = segment
-                sources[here] = documents.sources[plan.document[piece]]
-        return Batch(
-            tokens=tokens,
-            targets=targets,
-            loss_weights=(segments > 0).astype(np.float32),
-            positions=positions,
-            segment_ids=segments,
-            source_ids=sources,
-            document_window=self.document_window,
-        )
+        plans = [self.row(index) for index in rows]
+        return read_rows(self.documents, plans, self.sequence_length, self.document_window, batch_size)
+
+
+def read_rows(
+    documents: Documents,
+    rows: Sequence[PackingPlan],
+    sequence_length: int,
+    document_window: int | None = None,
+    batch_size: int | None = None,
+) -> Batch:
+    """The batch of these rows, each given by its pieces; empty rows after them up to `batch_size`."""
+    shape = (len(rows) if batch_size is None else batch_size, sequence_length)
+    tokens, targets, positions, segments, sources = (np.zeros(shape, np.int32) for _ in range(5))
+    pieces = [
+        (place, segment, row, piece) for place, row in enumerate(rows) for segment, piece in enumerate(range(len(row.row)), 1)
+    ]
+    texts = documents.read(np.concatenate([row.document for row in rows])) if rows else []
+    for (place, segment, row, piece), ids in zip(pieces, texts, strict=True):
+        start, length, offset = row.start[piece], row.length[piece], row.offset[piece]
+        here = (place, slice(offset, offset + length))
+        tokens[here] = ids[start : start + length]
+        targets[here] = ids[start + 1 : start + 1 + length]
+        positions[here] = np.arange(length)
+        segments[here] = segment
+        sources[here] = documents.sources[row.document[piece]]
+    return Batch(
+        tokens=tokens,
+        targets=targets,
+        loss_weights=(segments > 0).astype(np.float32),
+        positions=positions,
+        segment_ids=segments,
+        source_ids=sources,
+        document_window=document_window,
+    )
 
 
 def check_windows(segment_ids: Int[np.ndarray, "B T"], document_window: int | None) -> None:

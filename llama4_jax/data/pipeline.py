@@ -1,4 +1,4 @@
-"""Batches of a prepared corpus: shuffled and endless for training, each row once for evaluation.
+"""Batches of a prepared corpus: shuffled, mixed and endless for training, each row once for evaluation.
 
 corpus = prepare_corpus(config, vocab_size=4096, document_window=256, cache_dir=workdir / "data")
 batches = train_batches(corpus, config)
@@ -7,6 +7,7 @@ batch = next(batches)
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 
 import grain
@@ -15,12 +16,14 @@ import numpy as np
 from llama4_jax.config import DataConfig
 from llama4_jax.data.batch import Batch
 from llama4_jax.data.corpus import Corpus, CorpusCounts, prepare_corpus
+from llama4_jax.data.mixture import Interleave
+from llama4_jax.data.packing import PackingPlan, read_rows
+from llama4_jax.data.row_streams import RowStream, StreamedPool, StreamedRows, WholePool
 from llama4_jax.errors import UserError
 
 __all__ = ["Corpus", "CorpusCounts", "TrainBatches", "heldout_batches", "prepare_corpus", "train_batches"]
 
-# Threads, not processes: rows are slices of arrays in memory, and Grain's worker processes need parsed absl flags.
-_PREFETCH = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)  # batches
+_PREFETCHED = 4  # batches, by a thread: the tokens are read and unpacked outside of Python's lock
 
 
 class TrainBatches:
@@ -29,10 +32,9 @@ class TrainBatches:
     Its state is one for all processes and stays good for another number of them: it counts global batches.
     """
 
-    def __init__(self, dataset: grain.IterDataset, fingerprint: dict[str, str | int], rows_per_epoch: int):
+    def __init__(self, dataset: grain.IterDataset, fingerprint: dict):
         self._iterator = iter(dataset)
         self._fingerprint = fingerprint
-        self._rows_per_epoch = rows_per_epoch
 
     def __iter__(self) -> TrainBatches:
         return self
@@ -43,16 +45,16 @@ class TrainBatches:
     @property
     def step(self) -> int:
         """Batches handed out, whatever has been prefetched beyond them."""
-        return self._iterator.get_state()["next_index"]
+        return self._iterator.get_state()["step"]
 
     @property
-    def epochs(self) -> float:
-        """How often the training rows have been handed out."""
-        return self.step * self._fingerprint["batch_size"] / self._rows_per_epoch
+    def epochs(self) -> dict[str, float]:
+        """How often each source has been handed out."""
+        return dict(self._iterator.get_state()["epochs"])
 
     def get_state(self) -> dict:
         """Place and identity of this stream, as JSON."""
-        return {"step": self.step, "fingerprint": dict(self._fingerprint)}
+        return {**self._iterator.get_state(), "fingerprint": dict(self._fingerprint)}
 
     def set_state(self, state: dict) -> None:
         """Goes to the place of `state`. Raises UserError when it comes from another stream: Grain would not notice."""
@@ -62,32 +64,101 @@ class TrainBatches:
         ]
         if changes:
             raise UserError(f"cannot resume: the data differ from the checkpoint's: {'; '.join(changes)}")
-        self._iterator.set_state({"next_index": state["step"]})
+        self._iterator.set_state({key: state[key] for key in ("step", "rows", "streams", "epochs")})
 
 
 def train_batches(corpus: Corpus, config: DataConfig, *, process_index: int = 0, process_count: int = 1) -> TrainBatches:
     """Batches of `config.batch_size` rows over all processes, of which this process gets its equal part, in order.
 
-    Each epoch is shuffled anew by `config.shuffle_seed`. The parts of all processes, one after another, are the same global
-    batch whatever their number. A batch may hold the end of one epoch and the start of the next. Raises UserError when
-    `process_count` does not divide the batch.
+    Each epoch is shuffled anew by `config.shuffle_seed`. With `config.weights` a row holds one source, and the rows of the
+    sources alternate by `Interleave`. The parts of all processes, one after another, are the same global batch whatever their
+    number. A batch may hold the end of one epoch and the start of the next. Raises UserError when `process_count` does not
+    divide the batch, and when the weights do not fit the sources.
     """
     part = _part_of_batch(config, process_index, process_count)
-    dataset = (
-        grain.MapDataset.range(len(corpus.train))
-        .shuffle(seed=config.shuffle_seed)
-        .repeat()
-        .batch(config.batch_size, drop_remainder=True)  # of an endless dataset there is none
-        .map(lambda rows: corpus.train.batch(rows[part]))
-        .to_iter_dataset(_PREFETCH)
+    rows = corpus.train
+    dataset = grain.experimental.ThreadPrefetchIterDataset(
+        _GlobalBatches(corpus, config).map(
+            lambda plans: read_rows(rows.documents, plans[part], rows.sequence_length, rows.document_window)
+        ),
+        prefetch_buffer_size=_PREFETCHED,
     )
     fingerprint = {
         "corpus": corpus.fingerprint,
         "shuffle_seed": config.shuffle_seed,
         "batch_size": config.batch_size,
-        "sequence_length": corpus.train.sequence_length,
+        "sequence_length": rows.sequence_length,
     }
-    return TrainBatches(dataset, fingerprint, len(corpus.train))
+    if config.weights:
+        fingerprint["weights"] = list(config.weights)
+    return TrainBatches(dataset, fingerprint)
+
+
+class _GlobalBatches(grain.IterDataset):
+    """What the rows of each global batch hold: pieces of documents, whose tokens are not read yet."""
+
+    def __init__(self, corpus: Corpus, config: DataConfig):
+        super().__init__()
+        self._corpus, self._config = corpus, config
+        _require_fitting_weights(corpus, config)
+
+    def __iter__(self) -> _GlobalBatchIterator:
+        return _GlobalBatchIterator(self._corpus, self._config)
+
+
+class _GlobalBatchIterator(grain.DatasetIterator):
+    def __init__(self, corpus: Corpus, config: DataConfig):
+        super().__init__()
+        self._batch_size, self._sources = config.batch_size, corpus.sources
+        self._mixture = Interleave(config.weights or (1.0,))
+        self._streams = _streams(corpus, config)
+        self._step = 0
+
+    def __next__(self) -> list[PackingPlan]:
+        self._step += 1
+        return [self._streams[self._mixture.next()].next() for _ in range(self._batch_size)]
+
+    def get_state(self) -> dict:
+        epochs = [stream.epochs for stream in self._streams]
+        if len(epochs) < len(self._sources):  # all sources are one pool
+            epochs *= len(self._sources)
+        return {
+            "step": self._step,
+            "rows": list(self._mixture.counts),
+            "streams": [stream.get_state() for stream in self._streams],
+            "epochs": dict(zip(self._sources, epochs, strict=True)),
+        }
+
+    def set_state(self, state: dict) -> None:
+        self._step = state["step"]
+        self._mixture.counts = list(state["rows"])
+        for stream, place in zip(self._streams, state["streams"], strict=True):
+            stream.set_state(place)
+
+
+def _streams(corpus: Corpus, config: DataConfig) -> list[RowStream]:
+    """One for each weight; without weights one for all documents."""
+    rows, seed = corpus.train, config.shuffle_seed
+    if not config.weights:
+        if isinstance(rows, StreamedRows):
+            return [RowStream(StreamedPool(rows, range(len(rows.documents.lengths)), seed))]
+        return [RowStream(WholePool(rows, seed))]
+    streamed = StreamedRows(rows.documents, rows.sequence_length, rows.document_window)
+    return [
+        RowStream(StreamedPool(streamed, np.flatnonzero(rows.documents.sources == i), zlib.crc32(f"{seed} {i}".encode())))
+        for i in range(len(corpus.sources))
+    ]
+
+
+def _require_fitting_weights(corpus: Corpus, config: DataConfig) -> None:
+    if config.weights and len(config.weights) != len(corpus.sources):
+        raise UserError(
+            f"DataConfig.weights has {len(config.weights)} values for {len(corpus.sources)} sources: {', '.join(corpus.sources)}"
+        )
+    if config.weights:
+        for i, source in enumerate(corpus.sources):
+            if not np.any(corpus.train.documents.sources == i):
+                raise UserError(f"the source {source} has a weight but no document to train on: all are held out or duplicates")
 
 
 def heldout_batches(corpus: Corpus, config: DataConfig, *, process_index: int = 0, process_count: int = 1) -> Iterator[Batch]:

@@ -1,7 +1,7 @@
 """Evaluations that the training loop runs, by name.
 
-An evaluation is made once for a run, from an EvaluationContext, and is then called with parameters as often as wanted:
-`evaluate(params) -> {name: value}`. Register one by adding it to EVALUATIONS.
+An evaluation is made once for a run, from an EvaluationContext, and is then called with parameters, and what the model
+carries beside them, as often as wanted: `evaluate(params, model_state) -> {name: value}`. Register one by adding it to EVALUATIONS.
 """
 
 import difflib
@@ -14,7 +14,7 @@ from llama4_jax.errors import UserError
 from llama4_jax.evaluation.bits_per_byte import bits_per_byte
 
 PyTree = Any
-Evaluate = Callable[[PyTree], dict[str, float]]
+Evaluate = Callable[[PyTree, PyTree], dict[str, float]]
 
 
 @dataclass

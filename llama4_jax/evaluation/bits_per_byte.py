@@ -11,7 +11,7 @@ from llama4_jax.parallel.rules import put_batch
 
 
 def bits_per_byte(context):
-    """Makes `evaluate(params) -> {"bits_per_byte", "nats_per_token"}` over the context's batches.
+    """Makes `evaluate(params, model_state) -> {"bits_per_byte", "nats_per_token"}` over the context's batches.
 
     Bits per byte are the sum of -log2 p over all held-out tokens, divided by the UTF-8 bytes of the held-out text. Over
     the first `max_batches` alone, it is estimated with the bytes that a token holds on average.
@@ -21,13 +21,13 @@ def bits_per_byte(context):
     bytes_per_token = context.corpus.heldout_bytes / tokens_of_all
 
     @jax.jit
-    def nats_and_tokens(params, batch):
+    def nats_and_tokens(params, model_state, batch):
         counted = batch.loss_weights > 0
-        log_probs = apply_to_batch(context.model, params, batch).log_probs
+        log_probs = apply_to_batch(context.model, params, batch, model_state).log_probs
         return jnp.array([-jnp.sum(jnp.where(counted, log_probs, 0.0)), jnp.sum(counted)])
 
-    def evaluate(params) -> dict[str, float]:
-        sums = [nats_and_tokens(params, put_batch(batch, context.mesh)) for batch in batches]
+    def evaluate(params, model_state) -> dict[str, float]:
+        sums = [nats_and_tokens(params, model_state, put_batch(batch, context.mesh)) for batch in batches]
         nats, tokens = np.sum(np.asarray(jax.device_get(sums), np.float64), axis=0)
         return {"bits_per_byte": nats / math.log(2) / (tokens * bytes_per_token), "nats_per_token": nats / tokens}
 

@@ -52,17 +52,22 @@ def generate(
     *,
     max_new_tokens: int,
     sampling: Sampling = Sampling(),
+    model_state: dict | None = None,
 ) -> Int[Array, "B t"]:
-    """The `max_new_tokens` tokens that follow left-padded prompts, whatever they are: cut at end tokens afterwards."""
+    """The `max_new_tokens` tokens that follow left-padded prompts, whatever they are: cut at end tokens afterwards.
+
+    `model_state` is TrainState's: what a model with a router bias needs beside its parameters.
+    """
+    variables = {"params": params} | (model_state or {})
     B, T = tokens.shape
     cache = Cache.create(model.config, B, T + max_new_tokens, model.execution.compute_dtype)
-    prefill = model.apply({"params": params}, tokens, segment_ids=segment_ids, cache=cache)
+    prefill = model.apply(variables, tokens, segment_ids=segment_ids, cache=cache)
     keys = jax.random.split(key, max_new_tokens)
     first = sampling.draw(prefill.logits[:, -1], keys[0])
 
     def step(carry, key):
         token, cache = carry
-        output = model.apply({"params": params}, token[:, None], cache=cache)
+        output = model.apply(variables, token[:, None], cache=cache)
         token = sampling.draw(output.logits[:, -1], key)
         return (token, output.cache), token
 
@@ -79,10 +84,14 @@ def generate_text(
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     seed: int = 0,
+    model_state: dict | None = None,
 ) -> str:
-    """The continuation of one prompt, up to the first end-of-text token."""
+    """The continuation of one prompt, up to the first end-of-text token. `model_state` as in `generate`."""
     tokens, segment_ids = left_padded([[tokenizer.bos_id, *tokenizer.encode(prompt)]])
     sampling = Sampling(temperature)
-    new = generate(model, params, tokens, segment_ids, jax.random.key(seed), max_new_tokens=max_new_tokens, sampling=sampling)
+    key = jax.random.key(seed)
+    new = generate(
+        model, params, tokens, segment_ids, key, max_new_tokens=max_new_tokens, sampling=sampling, model_state=model_state
+    )
     ids = np.asarray(new)[0].tolist()
     return tokenizer.decode(ids[: ids.index(tokenizer.eos_id)] if tokenizer.eos_id in ids else ids)

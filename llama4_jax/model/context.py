@@ -1,4 +1,4 @@
-"""What every layer needs to know about the tokens' places: computed once, shared by all layers."""
+"""What every layer needs to know about the tokens, their places first: computed once, shared by all layers."""
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,7 @@ class Context:
     temperature: the factor on the queries of NoPE layers; None without temperature tuning.
     local, full: of the layers with RoPE, and without.
     cache_is_empty: whether nothing was read before; None without a cache.
+    capacity_factor, router_jitter: of this pass's routing, see ObjectiveConfig.
     """
 
     valid: Bool[Array, "B T"] | None
@@ -44,6 +45,8 @@ class Context:
     local: KindContext
     full: KindContext
     cache_is_empty: Bool[Array, ""] | None = None
+    capacity_factor: float | None = struct.field(pytree_node=False, default=None)
+    router_jitter: float = struct.field(pytree_node=False, default=0.0)
 
 
 def document_positions(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:

@@ -34,7 +34,7 @@ class DecoderLayer(nn.Module):
         attended, cache = self.attention(self.attention_norm(x), context, cache)
         x = nn.with_logical_constraint(x + attended, ("batch", "seq", "act_embed"))
         normed = self.ffn_norm(x)
-        y, stats = self.feed_forward(normed, context.valid) if self.kind.is_moe else (self.feed_forward(normed), None)
+        y, stats = self.feed_forward(normed, context) if self.kind.is_moe else (self.feed_forward(normed), None)
         return nn.with_logical_constraint(x + y, ("batch", "seq", "act_embed")), cache, stats
 
 
@@ -73,8 +73,8 @@ def scanned_blocks(config: ModelConfig, execution: ExecutionConfig) -> Block:
     """All L layers. Parameters of instance b of a block's layer j lie at index b of `layer_j`'s leading axis."""
     return nn.scan(
         Block,
-        variable_axes={"params": 0, "intermediates": 0},
-        split_rngs={"params": True},
+        variable_axes={"params": 0, "router_bias": 0, "intermediates": 0},
+        split_rngs={"params": True, "jitter": True},
         in_axes=nn.broadcast,
         length=config.num_layers // len(config.block_kinds),
         metadata_params={nn.PARTITION_NAME: "layers"},

@@ -9,6 +9,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from llama4_jax.config import ExecutionConfig, ModelConfig
+from llama4_jax.errors import UserError
 from llama4_jax.model.cache import Cache
 from llama4_jax.model.context import explicit_positions, make_context
 from llama4_jax.model.decoder import run_layers, scanned_blocks
@@ -38,6 +39,7 @@ class Output:
 class Llama4(nn.Module):
     """A Llama 4 text model: `Llama4(config).apply({"params": params}, tokens) -> Output`.
 
+    A model with `config.router_bias` is applied to `{"params": params} | model_state`, see init_model_state.
     Inner states come out through `capture_intermediates=True`: layers/layer_j holds the outputs of the layer itself and
     of its attention_norm, attention, ffn_norm, feed_forward and feed_forward/router, stacked over the repeated blocks.
     """
@@ -62,6 +64,8 @@ class Llama4(nn.Module):
         cache: Cache | None = None,
         targets: Int[Array, "B T"] | None = None,
         document_window: int | None = None,
+        capacity_factor: float | None = None,
+        router_jitter: float = 0.0,
     ) -> Output:
         """One forward pass.
 
@@ -74,9 +78,16 @@ class Llama4(nn.Module):
             cache: what was read before. The tokens are added to it.
             targets: return their log-probabilities instead of logits.
             document_window: the packer's promise, see `Batch.document_window`.
+            capacity_factor: drop what is beyond an expert's capacity; None drops nothing. See moe.within_capacity.
+            router_jitter: noise on what the router reads, see ObjectiveConfig; needs `rngs={"jitter": key}`.
+
+        Raises:
+            UserError: the model has a router bias and was given none.
         """
         if images is not None:
             raise NotImplementedError("images: this version reads text only")
+        if self.config.router_bias and "router_bias" not in self.variables and not self.is_initializing():
+            raise UserError("this model has a router bias: give it model_state (of TrainState, or init_model_state) too")
         dtype = jnp.dtype(self.execution.compute_dtype)
         zigzag = zigzag_of(self.execution, *tokens.shape) if cache is None else None
         if zigzag is not None:
@@ -85,6 +96,7 @@ class Llama4(nn.Module):
             positions = explicit_positions(tokens.shape, positions, segment_ids)
             tokens, positions, segment_ids, targets = map(zigzag.arrange, (tokens, positions, segment_ids, targets))
         context = make_context(self.config, tokens.shape, positions, segment_ids, cache, document_window)
+        context = context.replace(capacity_factor=capacity_factor, router_jitter=router_jitter)
         x = nn.with_logical_constraint(self.embed(tokens).astype(dtype), ("batch", "seq", "act_embed"))
         x, cache, stats = run_layers(self.layers, x, context, cache)
         x = self.final_norm(x)
@@ -127,12 +139,18 @@ class Head(nn.Module):
 
 @partial(jax.jit, static_argnums=0)
 def _init(model: Llama4, key):
-    return model.init(key, jnp.zeros((1, 2), jnp.int32))["params"]
+    return model.init(key, jnp.zeros((1, 2), jnp.int32))
 
 
 def init_params(model: Llama4, key: jax.Array) -> dict:
     """Fresh float32 parameters as nested dicts of plain arrays."""
-    return nn.unbox(_init(model, key))
+    return nn.unbox(_init(model, key)["params"])
+
+
+def init_model_state(model: Llama4) -> dict:
+    """What a fresh model carries beside its parameters, by collection: zeros as `router_bias`, or nothing."""
+    shapes = jax.eval_shape(lambda: _init(model, jax.random.key(0)))
+    return {name: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes[name]) for name in shapes if name != "params"}
 
 
 def abstract_params(model: Llama4) -> dict:
@@ -142,4 +160,4 @@ def abstract_params(model: Llama4) -> dict:
 
 def logical_axes(model: Llama4) -> dict:
     """The tree of init_params as PartitionSpecs of logical axis names."""
-    return nn.get_partition_spec(jax.eval_shape(lambda: _init(model, jax.random.key(0))))
+    return nn.get_partition_spec(jax.eval_shape(lambda: _init(model, jax.random.key(0)))["params"])

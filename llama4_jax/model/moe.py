@@ -7,6 +7,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from llama4_jax.config import ExecutionConfig, ModelConfig
+from llama4_jax.model.context import Context
 from llama4_jax.model.linear import Linear, expert_ffn, normal, project, swiglu
 from llama4_jax.model.transfer import initial_stddev
 
@@ -16,12 +17,14 @@ class Routing:
     """A router's decision; a captured one has a leading axis of blocks. Attributes:
     logits: of every expert, float32.
     experts: the chosen ones, best first; of equal logits the lower index.
-    scores: sigmoid of their logits.
+    scores: sigmoid of their logits; 0 for a dropped choice, to which its expert answers 0.
+    kept: choices that their expert had room for; None without a capacity.
     """
 
     logits: Float[Array, "*L M E"]
     experts: Int[Array, "*L M X"]
     scores: Float[Array, "*L M X"]
+    kept: Bool[Array, "*L M X"] | None = None
 
 
 @struct.dataclass
@@ -29,7 +32,8 @@ class RouterStats:
     """How a layer's router spread the tokens (padding aside). In a model's output each has a leading axis of MoE layers.
 
     Attributes:
-        load: share of all choices that fell on each expert; sums to 1.
+        load: share of all choices that fell on each expert, dropped ones included; sums to 1.
+        drop_share: of all choices, those beyond their expert's capacity.
         entropy: mean over tokens of the entropy of softmax(logits), in nats.
         load_balance_loss: E * sum_e load_e * mean_m softmax(logits_m)_e; 1 when even. Switch Transformer, arXiv
             2101.03961, equations 4 to 6.
@@ -37,6 +41,7 @@ class RouterStats:
     """
 
     load: Float[Array, "*L E"]
+    drop_share: Float[Array, "*L"]
     entropy: Float[Array, "*L"]
     load_balance_loss: Float[Array, "*L"]
     z_loss: Float[Array, "*L"]
@@ -49,33 +54,67 @@ def router_stats(routing: Routing, valid: Bool[Array, " M"] | None) -> RouterSta
     log_p = jax.nn.log_softmax(routing.logits, axis=-1)
     p = jnp.exp(log_p)
     chosen = jax.nn.one_hot(routing.experts, num_experts).mean(axis=1)  # [M, E]
+    dropped = jnp.zeros_like(weights) if routing.kept is None else 1.0 - routing.kept.mean(axis=1)  # [M]
     load = weights @ jax.lax.stop_gradient(chosen)
     return RouterStats(
         load=load,
+        drop_share=jnp.vdot(weights, dropped),
         entropy=-jnp.vdot(weights, (p * log_p).sum(axis=-1)),
         load_balance_loss=num_experts * jnp.vdot(load, weights @ p),
         z_loss=jnp.vdot(weights, jnp.square(jax.nn.logsumexp(routing.logits, axis=-1))),
     )
 
 
+def within_capacity(
+    experts: Int[Array, "M X"], valid: Bool[Array, " M"] | None, num_experts: int, capacity_factor: float
+) -> Bool[Array, "M X"]:
+    """The choices that their expert has room for: its first ceil(capacity_factor * tokens * X / E), earlier tokens first.
+
+    Tokens are those of the whole batch, row after row. Padding takes no room and gets none.
+    """
+    M, X = experts.shape
+    valid = jnp.ones(M, bool) if valid is None else valid
+    capacity = jnp.ceil(capacity_factor * X * valid.sum() / num_experts)
+    taken = jax.nn.one_hot(experts, num_experts, dtype=jnp.int32).sum(axis=1) * valid[:, None]  # [M, E]
+    place = jnp.take_along_axis(jnp.cumsum(taken, axis=0), experts, axis=1)  # from 1: a token's experts all differ
+    return valid[:, None] & (place <= capacity)
+
+
 class Router(nn.Module):
-    """Top-k of the logits, then a sigmoid of each by itself: the scores do not sum to one."""
+    """Top-k of the logits, then a sigmoid of each by itself: the scores do not sum to one.
+
+    With `config.router_bias`, the collection `router_bias` holds a bias of each expert that is added to the logits for the
+    choice alone: no score, and so no gradient, knows of it. arXiv 2408.15664, equation 3, on the logits, by which Llama 4
+    chooses.
+    """
 
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"]) -> Routing:
+    def __call__(
+        self, x: Float[Array, "B T D"], valid: Bool[Array, " M"] | None, capacity_factor: float | None, jitter: float
+    ) -> Routing:
         c = self.config
+        x = x.astype(jnp.float32)
+        if jitter:
+            x *= jax.random.uniform(self.make_rng("jitter"), x.shape, minval=1 - jitter, maxval=1 + jitter)
         init = normal(initial_stddev(c, "readout"), ("embed", "router_experts"))
         kernel = self.param("kernel", init, (c.hidden_size, c.num_experts), jnp.float32)
         with jax.default_matmul_precision("float32"):
-            logits = project(x.astype(jnp.float32), kernel)
+            logits = project(x, kernel)
         logits = logits.reshape(-1, c.num_experts)  # [M, E]; not sooner: tokens over `context` do not flatten in place
+        ranked = logits
+        if c.router_bias:
+            ranked = logits + self.variable("router_bias", "bias", jnp.zeros, (c.num_experts,)).value
         if c.experts_per_token == 1:
-            experts = jnp.argmax(logits, axis=-1, keepdims=True).astype(jnp.int32)
+            experts = jnp.argmax(ranked, axis=-1, keepdims=True).astype(jnp.int32)
         else:
-            experts = jax.lax.top_k(logits, c.experts_per_token)[1]
-        return Routing(logits, experts, jax.nn.sigmoid(jnp.take_along_axis(logits, experts, axis=-1)))
+            experts = jax.lax.top_k(ranked, c.experts_per_token)[1]
+        scores = jax.nn.sigmoid(jnp.take_along_axis(logits, experts, axis=-1))
+        if capacity_factor is None:
+            return Routing(logits, experts, scores)
+        kept = within_capacity(experts, valid, c.num_experts, capacity_factor)
+        return Routing(logits, experts, jnp.where(kept, scores, 0.0), kept)
 
 
 class DenseFFN(nn.Module):
@@ -133,9 +172,10 @@ class MoE(nn.Module):
         if self.config.shared_expert:
             self.shared_expert = DenseFFN(self.config, self.config.expert_ffn_size)
 
-    def __call__(self, x: Float[Array, "B T D"], valid: Bool[Array, "B T"] | None) -> tuple[Float[Array, "B T D"], RouterStats]:
-        routing = self.router(x)
+    def __call__(self, x: Float[Array, "B T D"], context: Context) -> tuple[Float[Array, "B T D"], RouterStats]:
+        valid = None if context.valid is None else context.valid.reshape(-1)  # [M]
+        routing = self.router(x, valid, context.capacity_factor, context.router_jitter)
         y = self.experts(x, routing)
         if self.config.shared_expert:
             y += self.shared_expert(x)
-        return y, router_stats(routing, None if valid is None else valid.reshape(-1))
+        return y, router_stats(routing, valid)

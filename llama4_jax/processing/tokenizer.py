@@ -1,4 +1,4 @@
-"""Text to token ids and back: any tokenizer.json, or a byte-level BPE trained here."""
+"""Text to token ids and back: any tokenizer.json, Llama 4's own tokenizer, or a byte-level BPE trained here."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from llama4_jax.errors import UserError
+from llama4_jax.processing.ranks import LLAMA4, load_ranks, wheel_file
 
 BEGIN, END, PAD = "<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad|>"
 
@@ -30,6 +31,11 @@ _SPLIT = "|".join(
         r"\s+",
     )
 )
+
+
+def tokenizer_file(source: str | Path) -> Path:
+    """The file that `source` names. Raises UserError for `llama4` where llama-models is not installed."""
+    return wheel_file() if source == LLAMA4 else Path(source)
 
 
 class Tokenizer:
@@ -75,9 +81,17 @@ class Tokenizer:
         return cls(backend, "bpe")
 
     @classmethod
-    def load(cls, path: str | Path) -> Tokenizer:
-        """Reads a tokenizer.json. Raises UserError when it is missing, unreadable, or of another form."""
-        path = Path(path)
+    def load(cls, source: str | Path, ranks: int | None = None) -> Tokenizer:
+        """Reads a tokenizer.json, a tokenizer.model (Llama 4's file of ranks), or `llama4`, the one in llama-models.
+
+        `ranks` cuts a tokenizer.model to its first ranks, for small models: see load_ranks. Raises UserError when the file is
+        missing, unreadable, or of another form, and when something else than a tokenizer.model is to be cut.
+        """
+        path = tokenizer_file(source)
+        if path.suffix == ".model":
+            return cls(load_ranks(path, ranks), str(source))
+        if ranks is not None:
+            raise UserError(f"DataConfig.tokenizer_ranks cuts a tokenizer.model, not {source}")
         try:
             text = path.read_text(encoding="utf-8")
         except FileNotFoundError:

@@ -21,6 +21,7 @@ from llama4_jax.model.llama4 import Llama4
 from llama4_jax.parallel.fit import check_fit
 from llama4_jax.parallel.mesh import make_mesh
 from llama4_jax.parallel.rules import put_batch, use_mesh
+from llama4_jax.training.balancing import bias_balancing
 from llama4_jax.training.flops import peak_of, training_flops_per_token
 from llama4_jax.training.objective import Metrics, cross_entropy_objective
 from llama4_jax.training.optimizer import learning_rate_schedule, make_optimizer
@@ -173,7 +174,10 @@ class _Sitting:
     def _compile(self, batch) -> Callable:
         objective = cross_entropy_objective(self.model, self.experiment.objective)
         schedule = learning_rate_schedule(self.experiment.optimizer, self.experiment.steps)
-        step = make_train_step(objective, self.optimizer, schedule, state=self.state, mesh=self.mesh, seed=self.experiment.seed)
+        balance = bias_balancing(self.experiment.model, self.experiment.objective, self.experiment.steps)
+        step = make_train_step(
+            objective, self.optimizer, schedule, state=self.state, mesh=self.mesh, seed=self.experiment.seed, balance=balance
+        )
         compiled = step.lower(self.state, batch).compile()
         data = self.experiment.data
         self.tokens_per_step = data.batch_size * data.sequence_length
@@ -212,7 +216,7 @@ class _Sitting:
         last = self.step == self.experiment.steps
         for name, config in self.experiment.evaluations.items():
             if last or self.step % config.every == 0:
-                values = self.evaluations[name](self.state.params)
+                values = self.evaluations[name](self.state.params, self.state.model_state)
                 self.run.append_metrics({"step": self.step, "evaluation": name} | values)
                 self.progress.say(f"step {self.step}, {name}: " + ", ".join(f"{k} {v:.4f}" for k, v in values.items()))
         # Saved last: a checkpoint promises that every line up to its step is in metrics.jsonl.

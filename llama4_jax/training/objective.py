@@ -16,13 +16,16 @@ Metrics = dict[str, Array]
 class Objective(Protocol):
     """A loss over a batch."""
 
-    def __call__(self, params: PyTree, batch: Batch, key: Array, frozen: PyTree = None) -> tuple[Float[Array, ""], Metrics]:
+    def __call__(
+        self, params: PyTree, batch: Batch, key: Array, model_state: PyTree = None, frozen: PyTree = None
+    ) -> tuple[Float[Array, ""], Metrics]:
         """(loss to differentiate, what to log of it: a flat dict).
 
         Args:
             params: the model's parameters; gradients are taken of these.
             batch: one global batch.
             key: for whatever is random; a function of seed and step alone.
+            model_state: what the model carries beside its parameters, see TrainState.
             frozen: parameters of a reference or teacher model, where the objective compares with one.
         """
 
@@ -31,11 +34,14 @@ def cross_entropy_objective(model, config: ObjectiveConfig) -> Objective:
     """Mean cross entropy (nats a token) over the weighted targets, plus the router's terms.
 
     Load balance (arXiv 2101.03961, equation 4) and router z-loss (arXiv 2202.08906, equation 5) are means over layers.
+    Metrics of a model with experts hold each MoE layer's expert_load, router_drop_share and router_entropy.
     """
+    routing = {"capacity_factor": config.capacity_factor, "router_jitter": config.router_jitter}
 
-    def objective(params, batch, key, frozen=None):
-        del key, frozen
-        output = apply_to_batch(model, params, batch)
+    def objective(params, batch, key, model_state=None, frozen=None):
+        del frozen
+        rngs = {"jitter": key} if config.router_jitter else {}
+        output = apply_to_batch(model, params, batch, model_state, rngs=rngs, **routing)
         weights = batch.loss_weights
         total = jnp.sum(weights)
         loss = cross_entropy = -jnp.sum(weights * output.log_probs) / jnp.where(total > 0, total, 1.0)
@@ -47,6 +53,7 @@ def cross_entropy_objective(model, config: ObjectiveConfig) -> Objective:
                 "load_balance_loss": load_balance,
                 "router_z_loss": router_z,
                 "expert_load": router.load,  # [Lm, E]
+                "router_drop_share": router.drop_share,  # [Lm]
                 "router_entropy": router.entropy,  # [Lm]
             }
         return loss, metrics | {"loss": loss}

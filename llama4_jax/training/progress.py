@@ -39,4 +39,6 @@ def describe(record: dict) -> str:
     parts = [f"loss {record['loss']:.3f}", f"{record['tokens_per_second']:,.0f} tokens/s", f"MFU {record['mfu']:.1%}"]
     if load := record.get("expert_load"):
         parts.append(f"busiest expert {max(max(layer) * len(layer) for layer in load):.2f}x the mean")
+    if dropped := max(record.get("router_drop_share") or [0]):
+        parts.append(f"{dropped:.1%} dropped")
     return ", ".join(parts)

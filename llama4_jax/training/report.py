@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,23 +50,38 @@ def loss_figure(records: Records, baselines: dict[str, float] | None = None) -> 
 
 
 def expert_load_figure(records: Records) -> Figure:
-    """How the tokens of each step were spread over the experts: a row of heat for each MoE layer (at most eight)."""
+    """Routing over time, as heat.
+
+    First a row for each MoE layer (at most eight): how each step's choices were spread over the experts. Below, all layers
+    in one row each: the busiest expert's load, the router's entropy as a share of the most there can be (an even
+    distribution's), and, where any were dropped, the share of choices beyond their expert's capacity.
+    """
     records = [record for record in records if "expert_load" in record]
     load = np.array([r["expert_load"] for r in records])  # [time, layers, E]
-    load = load * load.shape[-1]  # 1 is an even share
     layers, experts = load.shape[1:]
+    load = load * experts  # 1 is an even share
     shown = np.unique(np.linspace(0, layers - 1, min(layers, 8)).round().astype(int))
-    figure = _figure(9, 1.2 + 1.1 * len(shown))
-    axes = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
+    panels = [(f"MoE layer {layer}\nexpert", load[:, layer], {"cmap": "RdBu_r", "vmin": 0, "vmax": 2}) for layer in shown]
+    entropy = np.array([r["router_entropy"] for r in records]) / math.log(max(experts, 2))
+    dropped = np.array([r["router_drop_share"] for r in records])
+    summaries = [
+        ("busiest expert\nMoE layer", load.max(axis=-1), {"cmap": "Reds", "vmin": 1, "vmax": max(2.0, load.max())}),
+        ("entropy\nMoE layer", entropy, {"cmap": "viridis", "vmin": 0, "vmax": 1}),
+        ("dropped\nMoE layer", dropped, {"cmap": "Reds", "vmin": 0, "vmax": dropped.max()}),
+    ]
+    panels += summaries if dropped.any() else summaries[:2]
+
+    figure = _figure(9, 1.2 + 1.1 * len(panels))
+    axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     edges = _edges([r["step"] for r in records])
-    for axis, layer in zip(axes, shown, strict=True):
-        expert_edges = np.arange(experts + 1) - 0.5
-        image = axis.pcolormesh(edges, expert_edges, load[:, layer].T, cmap="RdBu_r", vmin=0, vmax=2, shading="flat")
-        axis.set_ylabel(f"MoE layer {layer}\nexpert", fontsize=8)
-        axis.set_yticks([0, experts - 1])
+    for axis, (label, values, colors) in zip(axes, panels, strict=True):  # values: [time, rows]
+        rows = values.shape[1]
+        image = axis.pcolormesh(edges, np.arange(rows + 1) - 0.5, values.T, shading="flat", **colors)
+        axis.set_ylabel(label, fontsize=8)
+        axis.set_yticks(sorted({0, rows - 1}))
+        figure.colorbar(image, ax=axis, extend="max" if label.startswith("MoE layer") else "neither")
     axes[-1].set_xlabel("step")
-    figure.suptitle("Load of each expert, as a multiple of an even share", fontsize=11)
-    figure.colorbar(image, ax=axes, extend="max", shrink=0.9)
+    figure.suptitle("Load of the experts, as a multiple of an even share", fontsize=11)
     return figure
 
 

@@ -57,7 +57,8 @@ def abstract_state(model, optimizer: optax.GradientTransformation, trainable: st
         transform_non_params=lambda _: replicated,
         is_leaf=lambda x: isinstance(x, masked),
     )
-    shardings = shapes.replace(step=replicated, params=params, opt_state=opt_state)
+    model_state = jax.tree.map(lambda _: replicated, shapes.model_state)
+    shardings = shapes.replace(step=replicated, params=params, opt_state=opt_state, model_state=model_state)
     return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, shardings)
 
 
@@ -77,12 +78,12 @@ def create_state(model, optimizer: optax.GradientTransformation, trainable: str,
 
 
 def _initializer(model, optimizer, trainable: str):
-    from llama4_jax.model.llama4 import init_params
+    from llama4_jax.model.llama4 import init_model_state, init_params
 
     def initialize(key) -> TrainState:
         params = init_params(model, key)
         paths = trainable_paths(params, trainable)
         opt_state = optimizer.init(split(params, paths)[0])
-        return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=opt_state, model_state={}, trainable=paths)
+        return TrainState(jnp.zeros((), jnp.int32), params, opt_state, init_model_state(model), paths)
 
     return initialize

@@ -10,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llama4_jax.data.batch import Batch
+from llama4_jax.training.balancing import Balance
 from llama4_jax.training.objective import Metrics, Objective
 from llama4_jax.training.state import TrainState, shardings_of
 from llama4_jax.training.trainable import merge, split
@@ -26,6 +27,7 @@ def make_train_step(
     state: TrainState,
     mesh: Mesh,
     seed: int,
+    balance: Balance | None = None,
 ) -> TrainStep:
     """The compiled `train_step(state, batch, frozen=None) -> (next state, metrics)`; call it inside `use_mesh(mesh)`.
 
@@ -39,16 +41,20 @@ def make_train_step(
         state: a state, or an abstract one, from which shardings are read.
         mesh: of `make_mesh`.
         seed: random keys are a function of this and the step.
+        balance: of `bias_balancing`, what moves the router's bias after a step; None leaves `model_state` as it is.
     """
 
     def train_step(state: TrainState, batch: Batch, frozen: PyTree = None) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         trained, fixed = split(state.params, state.trainable)
-        gradients, metrics = jax.grad(lambda p: objective(merge(p, fixed), batch, key, frozen), has_aux=True)(trained)
+        gradients, metrics = jax.grad(
+            lambda p: objective(merge(p, fixed), batch, key, state.model_state, frozen), has_aux=True
+        )(trained)
         updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
         params = merge(optax.apply_updates(trained, updates), fixed)
         metrics |= {"grad_norm": optax.global_norm(gradients), "learning_rate": jnp.float32(schedule(state.step))}
-        return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+        model_state = state.model_state if balance is None else balance(state.model_state, metrics["expert_load"], state.step)
+        return TrainState(state.step + 1, params, opt_state, model_state, state.trainable), metrics
 
     replicated = NamedSharding(mesh, P())
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings_of(state), replicated))

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from llama4_jax.config import Experiment
+from llama4_jax.config import DataConfig, Experiment, ModelConfig
 from llama4_jax.errors import UserError
 
 # Fields that may differ between two sittings of one run. They change when things happen or where, not what is trained.
@@ -92,9 +92,14 @@ class WorkDirectory:
 
 
 def require_same_experiment(saved: dict[str, Any], settings: dict[str, Any], folder: Path) -> None:
-    """Raises UserError that names the settings that differ, and both values."""
+    """Raises UserError that names the settings that differ, and both values.
+
+    A setting that was not known when the folder was made counts as its default, since it did not exist to be changed.
+    """
     missing = object()
-    saved, settings = fixed_settings(saved), fixed_settings(settings)
+    defaults = flatten_experiment(Experiment(ModelConfig(), DataConfig()))
+    younger = {name: defaults[name] for name in settings.keys() & defaults.keys() - saved.keys()}
+    saved, settings = fixed_settings(younger | saved), fixed_settings(settings)
     differences = [
         f"{name} is {saved.get(name, 'absent')!r} there and {settings.get(name, 'absent')!r} here"
         for name in sorted(saved.keys() | settings.keys())

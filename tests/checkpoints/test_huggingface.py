@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import weakref
@@ -15,7 +16,7 @@ from llama4_jax.checkpoints import huggingface
 from llama4_jax.checkpoints.huggingface import load_config, load_pretrained, load_vision_tower, save_pretrained
 from llama4_jax.config import ModelConfig, VisionConfig
 from llama4_jax.errors import UserError
-from llama4_jax.model.llama4 import Llama4, abstract_params
+from llama4_jax.model.llama4 import Llama4, abstract_params, init_model_state
 
 # Every kind of tensor: dense and MoE layers, with and without RoPE, biases; two blocks of two layers.
 CONFIG = ModelConfig(
@@ -305,6 +306,27 @@ def test_parameters_of_another_model_are_refused_by_name(tmp_path, change, words
     with pytest.raises(UserError, match=words):
         save_pretrained(tmp_path / "model", CONFIG, params)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_router_bias_is_refused_by_name_unless_zero_or_dropped(tmp_path):
+    config = dataclasses.replace(CONFIG, router_bias=True)
+    params, state = numbered_params(CONFIG), init_model_state(Llama4(config))
+    layer = next(iter(state["router_bias"]["layers"]))
+    moved = jax.tree.map(lambda x: x, state)
+    moved["router_bias"]["layers"][layer]["feed_forward"]["router"]["bias"] -= 0.125
+    with pytest.raises(UserError, match="router_bias is true: give model_state"):
+        save_pretrained(tmp_path / "model", config, params)
+    with pytest.raises(
+        UserError, match=rf"router_bias/layers/{layer}/.* reaches 0.125, and published .*anneal.*drop_router_bias"
+    ):
+        save_pretrained(tmp_path / "model", config, params, moved)
+    assert not list(tmp_path.iterdir())
+    save_pretrained(tmp_path / "zero", config, params, state)
+    save_pretrained(tmp_path / "dropped", config, params, moved, drop_router_bias=True)
+    save_pretrained(tmp_path / "never", CONFIG, params)
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "zero" / name).read_bytes() == (tmp_path / "never" / name).read_bytes()
+        assert (tmp_path / "dropped" / name).read_bytes() == (tmp_path / "never" / name).read_bytes()
 
 
 def test_a_vision_tower_that_is_not_written_is_said(tmp_path):

@@ -6,7 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama4_jax.data.deduplicate import SIMILARITY, distinct, is_held_out, shingles, similarity
+from llama4_jax.data.deduplicate import SIMILARITY, Distinct, is_held_out, shingles, similarity
+
+
+def distinct(texts):
+    """Indices of the texts that are kept."""
+    seen = Distinct()
+    return [i for i, text in enumerate(texts) if seen.keep(text)]
 
 
 def sentence(seed, words=200):

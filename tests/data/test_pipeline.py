@@ -1,3 +1,4 @@
+import base64
 import dataclasses
 import json
 
@@ -243,6 +244,22 @@ def test_a_given_tokenizer_must_fit_the_model_and_be_lossless(config, corpus, tm
         prepare(config, tmp_path / "data")
 
 
+def test_a_file_of_ranks_may_be_cut_for_a_small_model(config, tmp_path):
+    given = tmp_path / "tokenizer.model"
+    tokens = [bytes([byte]) for byte in range(256)] + [b"wo", b"rd", b"word", b" word"]
+    given.write_bytes(b"".join(base64.b64encode(token) + f" {rank}\n".encode() for rank, token in enumerate(tokens)))
+    config = dataclasses.replace(config, tokenizer=str(given), tokenizer_ranks=258)
+    corpus = prepare(config, tmp_path / "data")
+    assert corpus.tokenizer.vocab_size == 258 + 21
+    assert corpus.train.documents.ids[:3].tolist() == [258, tokens.index(b"wo"), tokens.index(b"rd")]
+    with pytest.raises(UserError, match=r"tokenizer was \w+ cut to 258, now \w+ cut to 259"):
+        prepare(dataclasses.replace(config, tokenizer_ranks=259), tmp_path / "data")
+    with pytest.raises(UserError, match="has 2308 tokens, more than the model's 300"):
+        prepare(dataclasses.replace(config, tokenizer_ranks=None), tmp_path / "whole")
+    with pytest.raises(UserError, match=r"tokenizer_ranks cuts a tokenizer\.model, not bpe"):
+        prepare(dataclasses.replace(config, tokenizer="bpe"), tmp_path / "bpe")
+
+
 # ------------------------------------------------------------------------------------------------------------------------
 # Batches
 
@@ -264,7 +281,7 @@ def test_each_epoch_holds_every_row_once_in_another_order(corpus, config):
     first, second = rows_of(take(batches, size)), rows_of(take(batches, size))
     assert sorted(first) == sorted(second) == sorted(rows_of([corpus.train.batch(range(size))]))
     assert first != second
-    assert batches.epochs == 2
+    assert batches.epochs == {config.sources[0]: 2}
     assert first != rows_of(take(train_batches(corpus, dataclasses.replace(config, shuffle_seed=1)), size))
 
 

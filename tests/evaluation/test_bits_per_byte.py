@@ -29,7 +29,7 @@ def batch_of(targets, weights):
 def evaluate(batches, heldout_bytes, max_batches=None):
     corpus = SimpleNamespace(heldout_bytes=heldout_bytes)
     context = EvaluationContext(TargetModel(), MESH, corpus, batches, EvaluationConfig(max_batches=max_batches))
-    return bits_per_byte(context)({})
+    return bits_per_byte(context)({}, {})
 
 
 BATCHES = [batch_of([[1, 2], [3, 9]], [[1, 1], [1, 0]]), batch_of([[4, 9], [9, 9]], [[1, 0], [0, 0]])]

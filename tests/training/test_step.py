@@ -85,7 +85,7 @@ def test_only_what_matches_the_pattern_moves_and_has_moments(batch):
 
 
 def test_the_key_is_a_function_of_seed_and_step(batch):
-    def objective(params, batch, key, frozen=None):
+    def objective(params, batch, key, model_state=None, frozen=None):
         number = jax.random.uniform(key)
         return 0.0 * jax.tree.leaves(params)[0].sum() + number, {"loss": number}
 

@@ -38,6 +38,18 @@ def test_another_experiment_is_refused_with_names_and_both_values(tmp_path):
     assert json.loads((tmp_path / "experiment.json").read_text())["seed"] == 1
 
 
+def test_a_setting_that_is_younger_than_the_folder_counts_as_its_default(tmp_path):
+    settings = WorkDirectory(tmp_path, experiment()).settings
+    settings.pop("optimizer.weight_decay")
+    (tmp_path / "experiment.json").write_text(json.dumps(settings))
+    WorkDirectory(tmp_path, experiment())
+    (tmp_path / "experiment.json").write_text(json.dumps(settings))
+    other = experiment()
+    other.optimizer.weight_decay = 0.5
+    with pytest.raises(UserError, match=r"weight_decay is 0\.1 there and 0\.5 here"):
+        WorkDirectory(tmp_path, other)
+
+
 def test_when_and_where_may_change(tmp_path):
     WorkDirectory(tmp_path, experiment())
     changed = experiment(steps=5, log_every=3)

@@ -1,0 +1,35 @@
+"""What identifies data: hashes of files and of documents, names and texts alike."""
+
+import hashlib
+from pathlib import Path
+
+from llama4_jax.data.sources import Document
+from llama4_jax.errors import UserError
+
+
+class ContentDigest:
+    """Sums documents up: any change of a name, a text or their order changes it."""
+
+    def __init__(self):
+        self._digest = hashlib.blake2b(digest_size=16)
+        self._documents = self._bytes = 0
+
+    def add(self, document: Document) -> None:
+        name, text = document.name.encode("utf-8", "surrogateescape"), document.text.encode()
+        for part in (name, text):
+            self._digest.update(len(part).to_bytes(8, "little") + part)
+        self._documents += 1
+        self._bytes += len(text)
+
+    def summary(self) -> dict:
+        """`documents`, their `bytes` of UTF-8, and the hash of their `content`, as JSON."""
+        return {"documents": self._documents, "bytes": self._bytes, "content": self._digest.hexdigest()}
+
+
+def hash_file(path: Path) -> str:
+    """Raises UserError when the file cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
