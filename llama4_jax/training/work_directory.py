@@ -11,7 +11,8 @@ from llama4_jax.errors import UserError
 
 # Fields that may differ between two sittings of one run. They change when things happen or where, not what is trained.
 # (Another number of steps moves the end of the learning rate's decay.)
-CHANGEABLE = ("steps", "log_every", "checkpoint", "evaluations", "mesh", "execution", "profile")
+# A prepared folder may move, since the checkpoint knows its content.
+CHANGEABLE = ("steps", "log_every", "checkpoint", "evaluations", "mesh", "execution", "profile", "data.prepared")
 
 
 def flatten_experiment(experiment: Experiment) -> dict[str, Any]:
@@ -31,7 +32,7 @@ def flatten_experiment(experiment: Experiment) -> dict[str, Any]:
 
 def fixed_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings that make a run the run it is."""
-    return {name: value for name, value in settings.items() if name.split(".")[0] not in CHANGEABLE}
+    return {name: value for name, value in settings.items() if not {name, name.split(".")[0]}.intersection(CHANGEABLE)}
 
 
 class WorkDirectory:
