@@ -223,6 +223,7 @@ class ExecutionConfig:
     """How a model runs: nothing here changes what it computes beyond rounding."""
 
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # of matmuls; router, norms, softmax, loss stay float32
+    matmul: Literal["plain", "int8", "fp8"] = "plain"  # of attention's and dense FFNs' projections; see model/low_precision.py
     remat: Literal["none", "projections", "layer"] = "none"  # what the backward pass recomputes; see model/decoder.py
     microbatches: int = 1  # parts of the batch that are computed one after another, their gradients added
     attention: str = "auto"  # an implementation in pallas_kernels/attention

@@ -30,13 +30,17 @@ class Attention(nn.Module):
         c = self.config
         shape, axes = (c.hidden_size, c.num_heads, c.head_dim), ("embed", "heads", "head_dim")
         kv_shape, kv_axes = (c.hidden_size, c.num_kv_heads, c.head_dim), ("embed", "kv_heads", "head_dim")
-        stddev = initial_stddev(c, "matrix")
-        self.query = Linear(shape, axes, stddev, use_bias=c.attention_bias)
-        self.key = Linear(kv_shape, kv_axes, stddev, use_bias=c.attention_bias)
-        self.value = Linear(kv_shape, kv_axes, stddev, use_bias=c.attention_bias)
+        stddev, settings = initial_stddev(c, "matrix"), {"use_bias": c.attention_bias, "matmul": self.execution.matmul}
+        self.query = Linear(shape, axes, stddev, **settings)
+        self.key = Linear(kv_shape, kv_axes, stddev, **settings)
+        self.value = Linear(kv_shape, kv_axes, stddev, **settings)
         self.output = Linear(
-            (c.num_heads, c.head_dim, c.hidden_size), ("heads", "head_dim", "embed"), initial_stddev(c, "residual"), in_axes=2, use_bias=c.attention_bias
-        )  # fmt: skip
+            (c.num_heads, c.head_dim, c.hidden_size),
+            ("heads", "head_dim", "embed"),
+            initial_stddev(c, "residual"),
+            in_axes=2,
+            **settings,
+        )
 
     def __call__(
         self, x: Float[Array, "B T D"], context: Context, cache: LayerCache | None

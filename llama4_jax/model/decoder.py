@@ -32,7 +32,7 @@ class DecoderLayer(nn.Module):
         self.attention_norm = RMSNorm(c.norm_eps)
         self.attention = Attention(c, self.execution, self.kind.uses_rope)
         self.ffn_norm = RMSNorm(c.norm_eps)
-        self.feed_forward = MoE(c, self.execution) if self.kind.is_moe else DenseFFN(c, c.dense_ffn_size)
+        self.feed_forward = MoE(c, self.execution) if self.kind.is_moe else DenseFFN(c, self.execution, c.dense_ffn_size)
 
     def __call__(
         self, x: Float[Array, "B T D"], context: Context, cache: LayerCache | None

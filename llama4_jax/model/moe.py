@@ -1,5 +1,7 @@
 """Mixture of experts: a float32 router, the chosen experts on scaled tokens, and a shared expert on all of them."""
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -121,13 +123,14 @@ class DenseFFN(nn.Module):
     """(silu(x gate) * (x up)) down. Serves the dense layers and the shared expert."""
 
     config: ModelConfig
+    execution: ExecutionConfig
     size: int  # F
 
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        c = self.config
-        gate_up = Linear((c.hidden_size, 2, self.size), ("embed", None, "ffn"), initial_stddev(c, "matrix"), name="gate_up")
-        down = Linear((self.size, c.hidden_size), ("ffn", "embed"), initial_stddev(c, "residual"), name="down")
+        c, linear = self.config, partial(Linear, matmul=self.execution.matmul)
+        gate_up = linear((c.hidden_size, 2, self.size), ("embed", None, "ffn"), initial_stddev(c, "matrix"), name="gate_up")
+        down = linear((self.size, c.hidden_size), ("ffn", "embed"), initial_stddev(c, "residual"), name="down")
         return down(swiglu(gate_up(x)))
 
 
@@ -170,7 +173,7 @@ class MoE(nn.Module):
         self.router = Router(self.config)
         self.experts = Experts(self.config, self.execution)
         if self.config.shared_expert:
-            self.shared_expert = DenseFFN(self.config, self.config.expert_ffn_size)
+            self.shared_expert = DenseFFN(self.config, self.execution, self.config.expert_ffn_size)
 
     def __call__(self, x: Float[Array, "B T D"], context: Context) -> tuple[Float[Array, "B T D"], RouterStats]:
         valid = None if context.valid is None else context.valid.reshape(-1)  # [M]

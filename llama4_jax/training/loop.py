@@ -18,6 +18,7 @@ from llama4_jax.data.pipeline import heldout_batches, prepare_corpus, train_batc
 from llama4_jax.errors import UserError
 from llama4_jax.evaluation import EVALUATIONS, Evaluate, EvaluationContext, require_known
 from llama4_jax.model.llama4 import Llama4
+from llama4_jax.model.low_precision import check_hardware
 from llama4_jax.parallel.fit import check_fit
 from llama4_jax.parallel.mesh import make_mesh
 from llama4_jax.parallel.rules import put_batch, use_mesh
@@ -73,6 +74,7 @@ def train(experiment: Experiment, workdir: str | Path, *, progress: bool = True)
     for name, config in experiment.evaluations.items():
         require_known(name, config)
     mesh = make_mesh(experiment.mesh)
+    check_hardware(experiment.execution.matmul, mesh.devices.flat[0].device_kind)
     check_fit(mesh, experiment.model, experiment.execution, experiment.data)
     run = WorkDirectory(workdir, experiment)
     with contextlib.closing(RunCheckpoints(run.checkpoints, keep=experiment.checkpoint.keep)) as checkpoints:
