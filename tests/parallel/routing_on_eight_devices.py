@@ -22,6 +22,7 @@ def outcome(mesh, execution):
     """Loss, metrics, gradients and the bias after a step."""
     model = Llama4(CONFIG, execution)
     objective, balance = cross_entropy_objective(model, OBJECTIVE), bias_balancing(CONFIG, OBJECTIVE, 10)
+    params = common.skewed_params(model)
     state = jax.tree.map(lambda bias: bias + jnp.linspace(-0.3, 0.3, CONFIG.num_experts), init_model_state(model))
 
     def run(params, batch):
@@ -30,7 +31,6 @@ def outcome(mesh, execution):
         return loss, metrics, gradients, balance(state, metrics["expert_load"], jnp.int32(0))
 
     with use_mesh(mesh):
-        params = common.skewed_params(model)
         params = jax.device_put(params, named_shardings(params, logical_axes(model), mesh))
         batch = put_batch(common.packed_batch(), mesh)
         return jax.device_get(jax.jit(run, compiler_options=common.OPTIONS)(params, batch))
