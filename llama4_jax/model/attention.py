@@ -1,7 +1,5 @@
 """Grouped-query attention of one layer: rotary and chunked, or NoPE and full with a temperature on the queries."""
 
-from functools import partial
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -55,14 +53,13 @@ class Attention(nn.Module):
                 q = (q.astype(jnp.float32) * context.temperature).astype(q.dtype)
         q = nn.with_logical_constraint(q, ("batch", "seq", "act_heads", None))
         if cache is None:
-            out = self._attend(q, k, v, kind.fresh)
+            out = context_parallel.attention(q, k, v, kind.fresh, local=self._attend, execution=self.execution)
         else:
             out, cache = self._attend_cached(q, k, v, context, kind, cache)
         return self.output(out), cache
 
     def _attend(self, q, k, v, mask):
-        local = partial(attention, implementation=self.execution.attention)
-        return context_parallel.attention(q, k, v, mask, local=local, execution=self.execution)
+        return attention(q, k, v, mask, implementation=self.execution.attention)
 
     def _attend_cached(self, q, k, v, context: Context, kind: KindContext, cache: LayerCache):
         """One token reads the slots after it was written. Several may overwrite slots that the first of them still
