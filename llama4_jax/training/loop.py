@@ -176,7 +176,7 @@ class _Sitting:
             # The device works on this step while the host reads the metrics of the one before.
             if pending is not None:
                 self._settle(*pending)
-            pending = (self.step, metrics)
+            pending = (self.step, metrics, self.batches.epochs)
             if self._is_due(self.step):
                 self._settle(*pending)
                 pending = None
@@ -212,7 +212,7 @@ class _Sitting:
         self.progress.say(f"MFU is of {self.peak.flops:.3g} FLOP/s ({self.peak.source})")
         return compiled
 
-    def _settle(self, step: int, metrics: Metrics) -> None:
+    def _settle(self, step: int, metrics: Metrics, epochs: dict[str, float]) -> None:
         """Waits for a step, checks that it was sound and logs it where it is due."""
         self.checkpoints.check()
         loss, grad_norm = jax.device_get((metrics["loss"], metrics["grad_norm"]))
@@ -231,7 +231,7 @@ class _Sitting:
                 "tokens_per_second": self.tokens_per_step / seconds,
                 "model_tflops_per_second": self.flops_per_step / seconds / 1e12,
                 "mfu": self.flops_per_step / seconds / self.peak.flops,
-                "epochs": self.batches.epochs,
+                "epochs": epochs,
             }
             self._log(record)
             self.progress.show(record)
