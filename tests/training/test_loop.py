@@ -78,7 +78,9 @@ def test_a_run_leaves_what_it_promises(straight):
     evaluations = [(r["step"], r["evaluation"]) for r in lines_of(workdir) if "evaluation" in r]
     assert evaluations == [(5, "heldout"), (10, "heldout")]
     assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["10", "5"]
-    assert {"loss.png", "expert_load.png", "experiment.json", "sharding.txt", "tensorboard"} <= {path.name for path in workdir.iterdir()}
+    assert {"loss.png", "expert_load.png", "experiment.json", "sharding.txt", "tensorboard"} <= {
+        path.name for path in workdir.iterdir()
+    }
     assert result.evaluations["heldout"]["bits_per_byte"] < 9 and set(result.baselines) == {"gzip", "xz"}
 
 
