@@ -223,7 +223,9 @@ class ExecutionConfig:
     """How a model runs: nothing here changes what it computes beyond rounding."""
 
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # of matmuls; router, norms, softmax, loss stay float32
-    remat: Literal["none", "layer"] = "none"  # what the backward pass recomputes rather than keeps
+    matmul: Literal["plain", "int8", "fp8"] = "plain"  # of attention's and dense FFNs' projections; see model/low_precision.py
+    remat: Literal["none", "projections", "layer"] = "none"  # what the backward pass recomputes; see model/decoder.py
+    microbatches: int = 1  # parts of the batch that are computed one after another, their gradients added
     attention: str = "auto"  # an implementation in pallas_kernels/attention
     expert_ffn: str = "auto"  # an implementation in pallas_kernels/expert_ffn
     expert_exchange: Literal["auto", "all_to_all", "all_gather"] = "auto"  # how tokens reach experts; see parallel/README.md
@@ -233,7 +235,7 @@ class ExecutionConfig:
 
     def __post_init__(self):
         _require_choices(self)
-        _require_positive(self, "loss_block_size")
+        _require_positive(self, "loss_block_size", "microbatches")
 
 
 # ------------------------------------------------------------------------------------------------------------------------
@@ -375,6 +377,19 @@ class EvaluationConfig:
 
 
 @dataclasses.dataclass
+class ProfileConfig:
+    """A window of steps that jax.profiler traces into the work directory's profile/."""
+
+    start: int | None = None  # the first of them; None: no trace
+    steps: int = 3
+
+    def __post_init__(self):
+        _require_positive(self, "steps")
+        if self.start is not None:
+            _require_positive(self, "start")
+
+
+@dataclasses.dataclass
 class Experiment:
     """Everything that a training run is; `get_config()` of a file in experiments/ returns one."""
 
@@ -386,6 +401,8 @@ class Experiment:
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     evaluations: dict[str, EvaluationConfig] = dataclasses.field(default_factory=dict)
+    profile: ProfileConfig = dataclasses.field(default_factory=ProfileConfig)
+    init_from: str | None = None  # a folder or hub name, as load_pretrained takes it, of the parameters to start from
     steps: int = 1000
     seed: int = 0
     log_every: int = 10

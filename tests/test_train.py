@@ -53,7 +53,7 @@ def test_a_field_of_every_type_is_read(config, name, text, value):
         ("model.rope_scaling.facter", "1", "did you mean model.rope_scaling.factor"),
         ("evaluations.heldot.every", "1", "did you mean evaluations.heldout.every"),
         ("steps.more", "1", "unknown field --config.steps.more"),
-        ("zzz", "1", "unknown field --config.zzz; groups are checkpoint, data, evaluations, execution, log_every"),
+        ("zzz", "1", "unknown field --config.zzz; groups are checkpoint, data, evaluations, execution, init_from, log_every"),
         ("optimizer", "1", "--config.optimizer is a group of fields, not a value; its fields are optimizer.rule,"),
         ("model.rope_scaling", "1", "--config.model.rope_scaling is a group of fields"),
         ("evaluations", "1", "--config.evaluations is a group of fields"),
@@ -61,7 +61,7 @@ def test_a_field_of_every_type_is_read(config, name, text, value):
         ("steps", "1.5", "--config.steps=1.5: must be a whole number"),
         ("optimizer.b1", "high", "--config.optimizer.b1=high: must be a number"),
         ("model.qk_norm", "1", "--config.model.qk_norm=1: must be true or false"),
-        ("execution.remat", "some", "--config.execution.remat=some: must be one of none, layer"),
+        ("execution.remat", "some", "--config.execution.remat=some: must be one of none, projections, layer"),
         ("model.moe_layers", "0,x", "--config.model.moe_layers=0,x: must be a whole number"),
     ],
 )

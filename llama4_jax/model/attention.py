@@ -1,7 +1,5 @@
 """Grouped-query attention of one layer: rotary and chunked, or NoPE and full with a temperature on the queries."""
 
-from functools import partial
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -32,13 +30,17 @@ class Attention(nn.Module):
         c = self.config
         shape, axes = (c.hidden_size, c.num_heads, c.head_dim), ("embed", "heads", "head_dim")
         kv_shape, kv_axes = (c.hidden_size, c.num_kv_heads, c.head_dim), ("embed", "kv_heads", "head_dim")
-        stddev = initial_stddev(c, "matrix")
-        self.query = Linear(shape, axes, stddev, use_bias=c.attention_bias)
-        self.key = Linear(kv_shape, kv_axes, stddev, use_bias=c.attention_bias)
-        self.value = Linear(kv_shape, kv_axes, stddev, use_bias=c.attention_bias)
+        stddev, settings = initial_stddev(c, "matrix"), {"use_bias": c.attention_bias, "matmul": self.execution.matmul}
+        self.query = Linear(shape, axes, stddev, **settings)
+        self.key = Linear(kv_shape, kv_axes, stddev, **settings)
+        self.value = Linear(kv_shape, kv_axes, stddev, **settings)
         self.output = Linear(
-            (c.num_heads, c.head_dim, c.hidden_size), ("heads", "head_dim", "embed"), initial_stddev(c, "residual"), in_axes=2, use_bias=c.attention_bias
-        )  # fmt: skip
+            (c.num_heads, c.head_dim, c.hidden_size),
+            ("heads", "head_dim", "embed"),
+            initial_stddev(c, "residual"),
+            in_axes=2,
+            **settings,
+        )
 
     def __call__(
         self, x: Float[Array, "B T D"], context: Context, cache: LayerCache | None
@@ -55,14 +57,13 @@ class Attention(nn.Module):
                 q = (q.astype(jnp.float32) * context.temperature).astype(q.dtype)
         q = nn.with_logical_constraint(q, ("batch", "seq", "act_heads", None))
         if cache is None:
-            out = self._attend(q, k, v, kind.fresh)
+            out = context_parallel.attention(q, k, v, kind.fresh, local=self._attend, execution=self.execution)
         else:
             out, cache = self._attend_cached(q, k, v, context, kind, cache)
         return self.output(out), cache
 
     def _attend(self, q, k, v, mask):
-        local = partial(attention, implementation=self.execution.attention)
-        return context_parallel.attention(q, k, v, mask, local=local, execution=self.execution)
+        return attention(q, k, v, mask, implementation=self.execution.attention)
 
     def _attend_cached(self, q, k, v, context: Context, kind: KindContext, cache: LayerCache):
         """One token reads the slots after it was written. Several may overwrite slots that the first of them still

@@ -8,6 +8,7 @@ from jaxtyping import Array, Bool, Float, Int
 from llama4_jax.config import AttentionTemperature, ModelConfig
 from llama4_jax.model.cache import EMPTY, Cache, Slots
 from llama4_jax.model.rotary import Rotation, inverse_frequencies, rotation
+from llama4_jax.parallel.context_parallel import Zigzag
 from pallas_kernels.attention import Mask
 
 
@@ -36,6 +37,7 @@ class Context:
     temperature: the factor on the queries of NoPE layers; None without temperature tuning.
     local, full: of the layers with RoPE, and without.
     cache_is_empty: whether nothing was read before; None without a cache.
+    zigzag: the order in which the tokens lie, where it is not that of the row.
     capacity_factor, router_jitter: of this pass's routing, see ObjectiveConfig.
     """
 
@@ -45,6 +47,7 @@ class Context:
     local: KindContext
     full: KindContext
     cache_is_empty: Bool[Array, ""] | None = None
+    zigzag: Zigzag | None = struct.field(pytree_node=False, default=None)
     capacity_factor: float | None = struct.field(pytree_node=False, default=None)
     router_jitter: float = struct.field(pytree_node=False, default=0.0)
 

@@ -13,6 +13,12 @@ from llama4_jax.model.context import Context
 from llama4_jax.model.moe import DenseFFN, MoE, RouterStats
 from llama4_jax.model.norms import RMSNorm
 
+# What the backward pass still has of a layer's forward pass, beside its input.
+REMAT_POLICIES = {
+    "projections": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # results of matmuls with dense weights
+    "layer": jax.checkpoint_policies.nothing_saveable,
+}
+
 
 class DecoderLayer(nn.Module):
     """x + attention(norm(x)), then that + feed_forward(norm(that))."""
@@ -26,7 +32,7 @@ class DecoderLayer(nn.Module):
         self.attention_norm = RMSNorm(c.norm_eps)
         self.attention = Attention(c, self.execution, self.kind.uses_rope)
         self.ffn_norm = RMSNorm(c.norm_eps)
-        self.feed_forward = MoE(c, self.execution) if self.kind.is_moe else DenseFFN(c, c.dense_ffn_size)
+        self.feed_forward = MoE(c, self.execution) if self.kind.is_moe else DenseFFN(c, self.execution, c.dense_ffn_size)
 
     def __call__(
         self, x: Float[Array, "B T D"], context: Context, cache: LayerCache | None
@@ -56,7 +62,8 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, carry: Carry, context: Context) -> tuple[Carry, tuple[RouterStats | None, ...]]:
-        Layer = nn.remat(DecoderLayer) if self.execution.remat == "layer" else DecoderLayer
+        policy = REMAT_POLICIES.get(self.execution.remat)
+        Layer = DecoderLayer if policy is None else nn.remat(DecoderLayer, policy=policy)
         x, caches, all_stats = carry.x, [], []
         for j, kind in enumerate(self.config.block_kinds):
             cache = None if carry.keys is None else LayerCache(carry.keys[j], carry.values[j], carry.index)

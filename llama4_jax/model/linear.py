@@ -13,13 +13,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 import pallas_kernels.expert_ffn as expert_ffn_kernel
+from llama4_jax.model.low_precision import low_precision_project
 from llama4_jax.parallel.expert_parallel import routed_experts
 
 Weight = jax.Array
 
 
-def project(x: Float[Array, "..."], weight: Weight, *, in_axes: int = 1) -> Float[Array, "..."]:
-    """x contracted over its last `in_axes` axes with the first `in_axes` axes of the weight, in the dtype of x."""
+def project(x: Float[Array, "..."], weight: Weight, *, in_axes: int = 1, matmul: str = "plain") -> Float[Array, "..."]:
+    """x contracted over its last `in_axes` axes with the first `in_axes` axes of the weight, in the dtype of x.
+
+    `matmul` is ExecutionConfig's; see low_precision.py for others than plain.
+    """
+    if matmul != "plain":
+        return low_precision_project(x, weight, in_axes, matmul)
     contract = tuple(range(x.ndim - in_axes, x.ndim)), tuple(range(in_axes))
     return jax.lax.dot_general(x, weight.astype(x.dtype), (contract, ((), ())))
 
@@ -65,6 +71,7 @@ class Linear(nn.Module):
         in_axes: how many of them are input axes.
         use_bias: whether a bias of the output's shape is added.
         stddev: of the normal initialisation.
+        matmul: see `project`.
     """
 
     shape: Sequence[int]
@@ -72,11 +79,12 @@ class Linear(nn.Module):
     stddev: float
     in_axes: int = 1
     use_bias: bool = False
+    matmul: str = "plain"
 
     @nn.compact
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         kernel = self.param("kernel", normal(self.stddev, self.axes), tuple(self.shape), jnp.float32)
-        y = project(x, kernel, in_axes=self.in_axes)
+        y = project(x, kernel, in_axes=self.in_axes, matmul=self.matmul)
         if self.use_bias:
             init = nn.with_logical_partitioning(nn.initializers.zeros, tuple(self.axes[self.in_axes :]))
             y += self.param("bias", init, tuple(self.shape[self.in_axes :]), jnp.float32).astype(y.dtype)

@@ -96,7 +96,7 @@ class Llama4(nn.Module):
             positions = explicit_positions(tokens.shape, positions, segment_ids)
             tokens, positions, segment_ids, targets = map(zigzag.arrange, (tokens, positions, segment_ids, targets))
         context = make_context(self.config, tokens.shape, positions, segment_ids, cache, document_window)
-        context = context.replace(capacity_factor=capacity_factor, router_jitter=router_jitter)
+        context = context.replace(zigzag=zigzag, capacity_factor=capacity_factor, router_jitter=router_jitter)
         x = nn.with_logical_constraint(self.embed(tokens).astype(dtype), ("batch", "seq", "act_embed"))
         x, cache, stats = run_layers(self.layers, x, context, cache)
         x = self.final_norm(x)

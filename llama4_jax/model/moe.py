@@ -1,5 +1,7 @@
 """Mixture of experts: a float32 router, the chosen experts on scaled tokens, and a shared expert on all of them."""
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -70,7 +72,7 @@ def within_capacity(
 ) -> Bool[Array, "M X"]:
     """The choices that their expert has room for: its first ceil(capacity_factor * tokens * X / E), earlier tokens first.
 
-    Tokens are those of the whole batch, row after row. Padding takes no room and gets none.
+    Tokens are those of the whole batch, row after row and in the order of the row. Padding takes no room and gets none.
     """
     M, X = experts.shape
     valid = jnp.ones(M, bool) if valid is None else valid
@@ -78,6 +80,17 @@ def within_capacity(
     taken = jax.nn.one_hot(experts, num_experts, dtype=jnp.int32).sum(axis=1) * valid[:, None]  # [M, E]
     place = jnp.take_along_axis(jnp.cumsum(taken, axis=0), experts, axis=1)  # from 1: a token's experts all differ
     return valid[:, None] & (place <= capacity)
+
+
+def _kept(experts: Int[Array, "M X"], rows: int, num_experts: int, context: Context) -> Bool[Array, "M X"]:
+    """`within_capacity` of tokens that may lie in another order than the row's."""
+    valid, zigzag = context.valid, context.zigzag
+    if zigzag is not None:
+        experts = zigzag.restore(experts.reshape(rows, zigzag.length, -1)).reshape(experts.shape)
+        valid = zigzag.restore(valid)
+    valid = None if valid is None else valid.reshape(-1)
+    kept = within_capacity(experts, valid, num_experts, context.capacity_factor)
+    return kept if zigzag is None else zigzag.arrange(kept.reshape(rows, zigzag.length, -1)).reshape(kept.shape)
 
 
 class Router(nn.Module):
@@ -91,13 +104,12 @@ class Router(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "B T D"], valid: Bool[Array, " M"] | None, capacity_factor: float | None, jitter: float
-    ) -> Routing:
-        c = self.config
+    def __call__(self, x: Float[Array, "B T D"], context: Context) -> Routing:
+        c, rows = self.config, len(x)
         x = x.astype(jnp.float32)
-        if jitter:
-            x *= jax.random.uniform(self.make_rng("jitter"), x.shape, minval=1 - jitter, maxval=1 + jitter)
+        if jitter := context.router_jitter:
+            noise = jax.random.uniform(self.make_rng("jitter"), x.shape, minval=1 - jitter, maxval=1 + jitter)
+            x *= noise if context.zigzag is None else context.zigzag.arrange(noise)
         init = normal(initial_stddev(c, "readout"), ("embed", "router_experts"))
         kernel = self.param("kernel", init, (c.hidden_size, c.num_experts), jnp.float32)
         with jax.default_matmul_precision("float32"):
@@ -111,9 +123,9 @@ class Router(nn.Module):
         else:
             experts = jax.lax.top_k(ranked, c.experts_per_token)[1]
         scores = jax.nn.sigmoid(jnp.take_along_axis(logits, experts, axis=-1))
-        if capacity_factor is None:
+        if context.capacity_factor is None:
             return Routing(logits, experts, scores)
-        kept = within_capacity(experts, valid, c.num_experts, capacity_factor)
+        kept = _kept(experts, rows, c.num_experts, context)
         return Routing(logits, experts, jnp.where(kept, scores, 0.0), kept)
 
 
@@ -121,13 +133,14 @@ class DenseFFN(nn.Module):
     """(silu(x gate) * (x up)) down. Serves the dense layers and the shared expert."""
 
     config: ModelConfig
+    execution: ExecutionConfig
     size: int  # F
 
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        c = self.config
-        gate_up = Linear((c.hidden_size, 2, self.size), ("embed", None, "ffn"), initial_stddev(c, "matrix"), name="gate_up")
-        down = Linear((self.size, c.hidden_size), ("ffn", "embed"), initial_stddev(c, "residual"), name="down")
+        c, linear = self.config, partial(Linear, matmul=self.execution.matmul)
+        gate_up = linear((c.hidden_size, 2, self.size), ("embed", None, "ffn"), initial_stddev(c, "matrix"), name="gate_up")
+        down = linear((self.size, c.hidden_size), ("ffn", "embed"), initial_stddev(c, "residual"), name="down")
         return down(swiglu(gate_up(x)))
 
 
@@ -170,12 +183,11 @@ class MoE(nn.Module):
         self.router = Router(self.config)
         self.experts = Experts(self.config, self.execution)
         if self.config.shared_expert:
-            self.shared_expert = DenseFFN(self.config, self.config.expert_ffn_size)
+            self.shared_expert = DenseFFN(self.config, self.execution, self.config.expert_ffn_size)
 
     def __call__(self, x: Float[Array, "B T D"], context: Context) -> tuple[Float[Array, "B T D"], RouterStats]:
-        valid = None if context.valid is None else context.valid.reshape(-1)  # [M]
-        routing = self.router(x, valid, context.capacity_factor, context.router_jitter)
+        routing = self.router(x, context)
         y = self.experts(x, routing)
         if self.config.shared_expert:
             y += self.shared_expert(x)
-        return y, router_stats(routing, valid)
+        return y, router_stats(routing, None if context.valid is None else context.valid.reshape(-1))

@@ -23,6 +23,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
@@ -103,15 +104,14 @@ def attention(
     local: Callable[..., Array],
     execution: ExecutionConfig,
 ) -> Float[Array, "B T N H"]:
-    """Attention on the mesh of `use_mesh`; `local(query, key, value, mask)` is the attention of one device.
+    """Self-attention on the mesh of `use_mesh`; `local(query, key, value, mask)` is the attention of one device.
 
-    Without a mesh, with keys from a cache, or for shapes that the mesh does not divide, it is `local`, which the compiler
-    then splits as it sees fit.
+    Rows lie in the order of `zigzag_of`. Without a mesh, or for shapes that the mesh does not divide, it is `local`, which
+    the compiler then splits as it sees fit.
     """
     mesh = current_mesh()
-    (B, T, N, H), K = query.shape, key.shape[2]
-    heads_divide = mesh is not None and K % mesh.shape["tensor"] == 0
-    if not (heads_divide and mask.is_self_attention and splits_batch(mesh, B, T)):
+    B, T = query.shape[:2]
+    if mesh is None or key.shape[2] % mesh.shape["tensor"] or not splits_batch(mesh, B, T):
         return local(query, key, value, mask)
     shards, zigzag = mesh.shape["context"], zigzag_of(execution, B, T)
     piece = T // shards // (2 if zigzag else 1)
@@ -122,21 +122,25 @@ def attention(
             order = zigzag.order if zigzag else np.arange(T)
             mask = Mask(jnp.asarray(order, jnp.int32)[None], mask.query_segment_ids, chunk=mask.chunk)
         exchange = execution.context_exchange
-        if exchange == "auto":
-            exchange = choose_exchange(
-                rows=B // math.prod(mesh.shape[axis] for axis in BATCH_AXES),
-                shard_length=T // shards,
-                context_shards=shards,
-                num_heads=N // mesh.shape["tensor"],
-                num_kv_heads=K // mesh.shape["tensor"],
-                head_dim=H,
-                itemsize=key.dtype.itemsize,
-            )
+        exchange = _exchange(mesh, query, key) if exchange == "auto" else exchange
         attend = partial(_ring, zigzag is not None) if exchange == "ring" else partial(_all_gather, local)
     rows = P(BATCH_AXES, "context", "tensor")
     places = jax.tree.map(lambda a: P(BATCH_AXES if a.shape[0] == B else None, "context"), mask)
-    return jax.shard_map(attend, mesh=mesh, in_specs=(rows, rows, rows, places), out_specs=rows, check_vma=False)(
-        query, key, value, mask
+    mapped = jax.shard_map(attend, mesh=mesh, in_specs=(rows, rows, rows, places), out_specs=rows, check_vma=False)
+    return mapped(query, key, value, mask)
+
+
+def _exchange(mesh: AbstractMesh, query: Array, key: Array) -> Exchange:
+    """The cost rule's choice for these shapes."""
+    B, T, N, H = query.shape
+    return choose_exchange(
+        rows=B // math.prod(mesh.shape[axis] for axis in BATCH_AXES),
+        shard_length=T // mesh.shape["context"],
+        context_shards=mesh.shape["context"],
+        num_heads=N // mesh.shape["tensor"],
+        num_kv_heads=key.shape[2] // mesh.shape["tensor"],
+        head_dim=H,
+        itemsize=key.dtype.itemsize,
     )
 
 

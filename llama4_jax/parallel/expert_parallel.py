@@ -101,7 +101,8 @@ def routed_experts(
         return _on_rows(ffn, x, experts, scores, gate_up, down)
     sizes = mesh.shape
     rows = P(BATCH_AXES, "context")
-    specs = partition("gate_up", gate_up.shape, P("experts", "embed", None, "ffn"), mesh), partition("down", down.shape, P("experts", "ffn", "embed"), mesh)  # fmt: skip
+    gate_up_spec = partition("gate_up", gate_up.shape, P("experts", "embed", None, "ffn"), mesh)
+    down_spec = partition("down", down.shape, P("experts", "ffn", "embed"), mesh)
     if sizes["expert"] == 1:
         # Each tensor shard answers with a part of the sum; adding outside leaves the all-reduce to the compiler, which can
         # join it with the shared expert's.
@@ -119,9 +120,9 @@ def routed_experts(
 
     # Gathered weights are as large as all shards together, so the backward pass gathers them again.
     on_shard = jax.checkpoint(on_shard) if sizes["fsdp"] > 1 else on_shard
-    y = jax.shard_map(
-        on_shard, mesh=mesh, in_specs=(P(*rows, columns), rows, rows, *specs), out_specs=out, check_vma=False
-    )(x, experts, scores, gate_up, down)  # fmt: skip
+    in_specs = (P(*rows, columns), rows, rows, gate_up_spec, down_spec)
+    mapped = jax.shard_map(on_shard, mesh=mesh, in_specs=in_specs, out_specs=out, check_vma=False)
+    y = mapped(x, experts, scores, gate_up, down)
     return y.sum(axis=0) if sizes["expert"] == 1 else y
 
 

@@ -12,6 +12,10 @@ from llama4_jax.parallel.rules import BATCH_AXES
 def check_fit(mesh: Mesh | AbstractMesh, model: ModelConfig, execution: ExecutionConfig, data: DataConfig) -> None:
     """Raises UserError, in one line with the numbers, at the first size that the mesh does not divide."""
     _require_multiple("DataConfig.batch_size", data.batch_size, mesh, *BATCH_AXES)
+    if data.batch_size % execution.microbatches:
+        raise UserError(f"DataConfig.batch_size={data.batch_size} is not a multiple of {execution.microbatches=}")
+    part = data.batch_size // execution.microbatches
+    _require_multiple(f"a microbatch of {execution.microbatches} in DataConfig.batch_size", part, mesh, *BATCH_AXES)
     _check_sequence(mesh, model, execution, data.sequence_length)
     _require_multiple("ModelConfig.num_heads", model.num_heads, mesh, "tensor")
     _require_multiple("ModelConfig.num_kv_heads", model.num_kv_heads, mesh, "tensor")

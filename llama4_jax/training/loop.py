@@ -18,19 +18,23 @@ from llama4_jax.data.pipeline import heldout_batches, prepare_corpus, train_batc
 from llama4_jax.errors import UserError
 from llama4_jax.evaluation import EVALUATIONS, Evaluate, EvaluationContext, require_known
 from llama4_jax.model.llama4 import Llama4
+from llama4_jax.model.low_precision import check_hardware
 from llama4_jax.parallel.fit import check_fit
 from llama4_jax.parallel.mesh import make_mesh
 from llama4_jax.parallel.rules import put_batch, use_mesh
+from llama4_jax.parallel.table import sharding_table
 from llama4_jax.training.balancing import bias_balancing
 from llama4_jax.training.flops import peak_of, training_flops_per_token
 from llama4_jax.training.objective import Metrics, cross_entropy_objective
 from llama4_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from llama4_jax.training.pretrained import with_pretrained
 from llama4_jax.training.progress import Progress
 from llama4_jax.training.report import write_report
 from llama4_jax.training.state import TrainState, abstract_state, create_state
 from llama4_jax.training.step import make_train_step
 from llama4_jax.training.stopping import StopRequest
-from llama4_jax.training.work_directory import WorkDirectory, fixed_settings, require_same_experiment
+from llama4_jax.training.visibility import TensorBoard, TraceWindow, memory_summary
+from llama4_jax.training.work_directory import WorkDirectory, fixed_settings, require_same_experiment, write_whole
 
 
 @dataclass
@@ -58,7 +62,8 @@ class TrainResult:
 def train(experiment: Experiment, workdir: str | Path, *, progress: bool = True) -> TrainResult:
     """Trains, or goes on training, in `workdir`.
 
-    The folder receives experiment.json, metrics.jsonl, checkpoints/, loss.png and expert_load.png. A run that is started
+    The folder receives experiment.json, sharding.txt, metrics.jsonl, tensorboard/, checkpoints/, loss.png and
+    expert_load.png (and profile/, where a trace was asked for). A run that is started
     again goes on from its newest checkpoint, bit for bit as if it had never stopped (on the same mesh and machine).
 
     Raises:
@@ -69,6 +74,7 @@ def train(experiment: Experiment, workdir: str | Path, *, progress: bool = True)
     for name, config in experiment.evaluations.items():
         require_known(name, config)
     mesh = make_mesh(experiment.mesh)
+    check_hardware(experiment.execution.matmul, mesh.devices.flat[0].device_kind)
     check_fit(mesh, experiment.model, experiment.execution, experiment.data)
     run = WorkDirectory(workdir, experiment)
     with contextlib.closing(RunCheckpoints(run.checkpoints, keep=experiment.checkpoint.keep)) as checkpoints:
@@ -107,9 +113,7 @@ class _Sitting:
         )
         self.batches = train_batches(self.corpus, experiment.data, **_this_process())
         self.fingerprint = {"settings": fixed_settings(run.settings), "corpus": self.corpus.fingerprint}
-        self.state = self._restore() or create_state(
-            self.model, self.optimizer, experiment.optimizer.trainable, mesh, experiment.seed
-        )
+        self.state = self._restore() or self._create()
         self.step = int(self.state.step)
         self.progress = Progress(start=self.step, total=experiment.steps, enabled=progress)
         if seen := max((record["step"] for record in run.read_metrics()), default=0):
@@ -119,6 +123,8 @@ class _Sitting:
         self.saved_step = self.step
         self.evaluations = self._make_evaluations()
         self.timer = _Timer()
+        self.tensorboard = TensorBoard(run.folder / "tensorboard", first_step=self.step + 1)
+        self.trace = TraceWindow(experiment.profile, run.folder / "profile")
 
     def _restore(self) -> TrainState | None:
         restored = self.checkpoints.restore_newest(self.state_shape)
@@ -127,6 +133,11 @@ class _Sitting:
         require_same_experiment(restored.fingerprint["settings"], self.fingerprint["settings"], self.run.folder)
         self.batches.set_state(restored.data)
         return restored.state
+
+    def _create(self) -> TrainState:
+        experiment = self.experiment
+        state = create_state(self.model, self.optimizer, experiment.optimizer.trainable, self.mesh, experiment.seed)
+        return state if experiment.init_from is None else with_pretrained(state, experiment.model, experiment.init_from)
 
     def _make_evaluations(self) -> dict[str, Evaluate]:
         if not self.experiment.evaluations:
@@ -142,6 +153,8 @@ class _Sitting:
             self._take_steps()
             self.checkpoints.wait()
         finally:
+            self.trace.close()
+            self.tensorboard.close()
             self.progress.close()
         baselines = compression_baselines(self.corpus.heldout_text())
         write_report(self.run.read_metrics(), self.run.folder, baselines)
@@ -153,13 +166,17 @@ class _Sitting:
         while self.step < self.experiment.steps and self.stop.name is None:
             batch = put_batch(next(self.batches), self.mesh)
             train_step = train_step or self._compile(batch)
+            if self.trace.at_edge(self.step + 1) and pending is not None:
+                self._settle(*pending)
+                pending = None
+            self.trace.before(self.step + 1)
             self.timer.start()
             self.state, metrics = train_step(self.state, batch)
             self.step += 1
             # The device works on this step while the host reads the metrics of the one before.
             if pending is not None:
                 self._settle(*pending)
-            pending = (self.step, metrics)
+            pending = (self.step, metrics, self.batches.epochs)
             if self._is_due(self.step):
                 self._settle(*pending)
                 pending = None
@@ -176,17 +193,26 @@ class _Sitting:
         schedule = learning_rate_schedule(self.experiment.optimizer, self.experiment.steps)
         balance = bias_balancing(self.experiment.model, self.experiment.objective, self.experiment.steps)
         step = make_train_step(
-            objective, self.optimizer, schedule, state=self.state, mesh=self.mesh, seed=self.experiment.seed, balance=balance
+            objective,
+            self.optimizer,
+            schedule,
+            state=self.state,
+            mesh=self.mesh,
+            seed=self.experiment.seed,
+            balance=balance,
+            microbatches=self.experiment.execution.microbatches,
         )
         compiled = step.lower(self.state, batch).compile()
         data = self.experiment.data
         self.tokens_per_step = data.batch_size * data.sequence_length
         self.flops_per_step = self.tokens_per_step * training_flops_per_token(self.experiment.model, data.sequence_length)
         self.peak = peak_of(self.mesh.devices.flatten().tolist(), self.experiment.execution.compute_dtype)
+        write_whole(self.run.folder / "sharding.txt", sharding_table(self.state.params, self.mesh) + "\n")
+        self.progress.say(memory_summary(compiled, self.mesh.devices.flat[0]))
         self.progress.say(f"MFU is of {self.peak.flops:.3g} FLOP/s ({self.peak.source})")
         return compiled
 
-    def _settle(self, step: int, metrics: Metrics) -> None:
+    def _settle(self, step: int, metrics: Metrics, epochs: dict[str, float]) -> None:
         """Waits for a step, checks that it was sound and logs it where it is due."""
         self.checkpoints.check()
         loss, grad_norm = jax.device_get((metrics["loss"], metrics["grad_norm"]))
@@ -203,10 +229,16 @@ class _Sitting:
             record |= {
                 "step_seconds": seconds,
                 "tokens_per_second": self.tokens_per_step / seconds,
+                "model_tflops_per_second": self.flops_per_step / seconds / 1e12,
                 "mfu": self.flops_per_step / seconds / self.peak.flops,
+                "epochs": epochs,
             }
-            self.run.append_metrics(record)
+            self._log(record)
             self.progress.show(record)
+
+    def _log(self, record: dict[str, Any]) -> None:
+        self.run.append_metrics(record)
+        self.tensorboard.write(record)
 
     def _is_due(self, step: int) -> bool:
         cadences = [self.experiment.checkpoint.every, *(config.every for config in self.experiment.evaluations.values())]
@@ -217,7 +249,7 @@ class _Sitting:
         for name, config in self.experiment.evaluations.items():
             if last or self.step % config.every == 0:
                 values = self.evaluations[name](self.state.params, self.state.model_state)
-                self.run.append_metrics({"step": self.step, "evaluation": name} | values)
+                self._log({"step": self.step, "evaluation": name} | values)
                 self.progress.say(f"step {self.step}, {name}: " + ", ".join(f"{k} {v:.4f}" for k, v in values.items()))
         # Saved last: a checkpoint promises that every line up to its step is in metrics.jsonl.
         if last or self.step % self.experiment.checkpoint.every == 0:

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from llama4_jax.data.batch import Batch
 from llama4_jax.training.balancing import Balance
+from llama4_jax.training.microbatches import in_microbatches
 from llama4_jax.training.objective import Metrics, Objective
 from llama4_jax.training.state import TrainState, shardings_of
 from llama4_jax.training.trainable import merge, split
@@ -28,6 +29,7 @@ def make_train_step(
     mesh: Mesh,
     seed: int,
     balance: Balance | None = None,
+    microbatches: int = 1,
 ) -> TrainStep:
     """The compiled `train_step(state, batch, frozen=None) -> (next state, metrics)`; call it inside `use_mesh(mesh)`.
 
@@ -42,14 +44,18 @@ def make_train_step(
         mesh: of `make_mesh`.
         seed: random keys are a function of this and the step.
         balance: of `bias_balancing`, what moves the router's bias after a step; None leaves `model_state` as it is.
+        microbatches: parts of the batch that are computed one after another, see `in_microbatches`.
     """
 
     def train_step(state: TrainState, batch: Batch, frozen: PyTree = None) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         trained, fixed = split(state.params, state.trainable)
-        gradients, metrics = jax.grad(
-            lambda p: objective(merge(p, fixed), batch, key, state.model_state, frozen), has_aux=True
-        )(trained)
+
+        def gradients_of(batch: Batch, key: jax.Array) -> tuple[PyTree, Metrics]:
+            loss = lambda p: objective(merge(p, fixed), batch, key, state.model_state, frozen)  # noqa: E731
+            return jax.grad(loss, has_aux=True)(trained)
+
+        gradients, metrics = in_microbatches(gradients_of, microbatches)(batch, key)
         updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
         params = merge(optax.apply_updates(trained, updates), fixed)
         metrics |= {"grad_norm": optax.global_norm(gradients), "learning_rate": jnp.float32(schedule(state.step))}

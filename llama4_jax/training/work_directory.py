@@ -11,7 +11,8 @@ from llama4_jax.errors import UserError
 
 # Fields that may differ between two sittings of one run. They change when things happen or where, not what is trained.
 # (Another number of steps moves the end of the learning rate's decay.)
-CHANGEABLE = ("steps", "log_every", "checkpoint", "evaluations", "mesh", "execution")
+# A prepared folder may move, since the checkpoint knows its content.
+CHANGEABLE = ("steps", "log_every", "checkpoint", "evaluations", "mesh", "execution", "profile", "data.prepared")
 
 
 def flatten_experiment(experiment: Experiment) -> dict[str, Any]:
@@ -31,7 +32,7 @@ def flatten_experiment(experiment: Experiment) -> dict[str, Any]:
 
 def fixed_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings that make a run the run it is."""
-    return {name: value for name, value in settings.items() if name.split(".")[0] not in CHANGEABLE}
+    return {name: value for name, value in settings.items() if not {name, name.split(".")[0]}.intersection(CHANGEABLE)}
 
 
 class WorkDirectory:
@@ -52,7 +53,7 @@ class WorkDirectory:
             require_same_experiment(saved, self.settings, self.folder)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            _write_whole(self.folder / "experiment.json", json.dumps(self.settings, indent=2) + "\n")
+            write_whole(self.folder / "experiment.json", json.dumps(self.settings, indent=2) + "\n")
         except OSError as error:
             raise UserError(f"cannot write to work directory {self.folder}: {error.strerror}") from error
 
@@ -80,7 +81,7 @@ class WorkDirectory:
     def forget_metrics_after(self, step: int) -> None:
         """Drops the lines of steps that will be run again."""
         kept = [record for record in self.read_metrics() if record["step"] <= step]
-        _write_whole(self.metrics_file, "".join(json.dumps(record) + "\n" for record in kept))
+        write_whole(self.metrics_file, "".join(json.dumps(record) + "\n" for record in kept))
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         """Adds a line. Raises UserError when the disk refuses it."""
@@ -110,7 +111,7 @@ def require_same_experiment(saved: dict[str, Any], settings: dict[str, Any], fol
         raise UserError(f"work directory {folder} belongs to another experiment: {shown}. Choose another --workdir")
 
 
-def _write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
     """A reader sees the old file or the new one, never a part."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text)

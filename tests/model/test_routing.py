@@ -23,21 +23,24 @@ from llama4_jax.model.moe import MoE, Router, within_capacity
 EVERY_LAYER = {"num_layers": 2, "moe_interval": 1, "nope_interval": 0}  # two repeats of one MoE layer
 
 
+CONTEXT = make_context(TINY, (1, 50), None, None, None, None)
+
+
 def bias_state(*biases):
     """model_state of EVERY_LAYER, from the bias of each layer."""
     return {"router_bias": {"layers": {"layer_0": {"feed_forward": {"router": {"bias": jnp.array(biases, jnp.float32)}}}}}}
 
 
 def router(X=1, **changes):
-    """A router of four experts, its parameters and 2 x 25 tokens."""
+    """A router of four experts, its parameters and 50 tokens."""
     config = ModelConfig(**vars(TINY) | {"experts_per_token": X} | changes)
-    x = jax.random.normal(jax.random.key(0), (2, 25, TINY.hidden_size))
+    x = jax.random.normal(jax.random.key(0), (1, 50, TINY.hidden_size))
     return Router(config), {"kernel": jax.random.normal(jax.random.key(1), (TINY.hidden_size, 4)) / 8}, x
 
 
 def test_the_bias_changes_the_choice_and_nothing_else():
     module, params, x = router(X=2, router_bias=True)
-    route = lambda bias: module.apply({"params": params, "router_bias": {"bias": bias}}, x, None, None, 0.0)  # noqa: E731
+    route = lambda bias: module.apply({"params": params, "router_bias": {"bias": bias}}, x, CONTEXT)  # noqa: E731
     bias = np.array([0.0, 0.3, -9.0, 9.0], np.float32)
     plain, biased = route(jnp.zeros(4)), route(jnp.asarray(bias))
     np.testing.assert_array_equal(biased.logits, plain.logits)
@@ -52,11 +55,11 @@ def test_the_bias_changes_the_choice_and_nothing_else():
 def test_a_zero_bias_changes_no_bit_and_no_tie():
     for X in (1, 2):
         module, params, x = router(X=X, router_bias=True)
-        plain = router(X=X)[0].apply({"params": params}, x, None, None, 0.0)
-        zero = module.apply({"params": params, "router_bias": {"bias": jnp.zeros(4)}}, x, None, None, 0.0)
+        plain = router(X=X)[0].apply({"params": params}, x, CONTEXT)
+        zero = module.apply({"params": params, "router_bias": {"bias": jnp.zeros(4)}}, x, CONTEXT)
         for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(zero), strict=True):
             np.testing.assert_array_equal(a, b)
-        tied = module.apply({"params": params, "router_bias": {"bias": jnp.zeros(4)}}, 0 * x, None, None, 0.0)
+        tied = module.apply({"params": params, "router_bias": {"bias": jnp.zeros(4)}}, 0 * x, CONTEXT)
         np.testing.assert_array_equal(tied.experts, np.tile(np.arange(X), (50, 1)))
 
 
@@ -131,10 +134,10 @@ def test_a_dropped_token_still_passes_through_the_shared_expert():
 
 def test_jitter_scales_what_the_router_reads_by_at_most_its_size():
     module, params, x = router()
-    noisy = lambda key: module.apply({"params": params}, x, None, None, 0.1, rngs={"jitter": key}).logits  # noqa: E731
-    plain = module.apply({"params": params}, x, None, None, 0.0).logits
+    noisy = lambda key: module.apply({"params": params}, x, CONTEXT.replace(router_jitter=0.1), rngs={"jitter": key}).logits  # noqa: E731
+    plain = module.apply({"params": params}, x, CONTEXT).logits
     moved = np.abs(noisy(jax.random.key(0)) - plain)
-    assert (moved <= 0.1 * np.abs(x) @ np.abs(params["kernel"]) + 1e-5).all() and moved.mean() > 0.01
+    assert (moved <= 0.1 * np.abs(x[0]) @ np.abs(params["kernel"]) + 1e-5).all() and moved.mean() > 0.01
     np.testing.assert_array_equal(noisy(jax.random.key(0)), noisy(jax.random.key(0)))
     assert not np.array_equal(noisy(jax.random.key(0)), noisy(jax.random.key(1)))
 

@@ -52,6 +52,7 @@ CASES = {
     "tensor": ({"tensor": 2}, {}),
     "context_gathered": ({"context": 4}, {"context_exchange": "all_gather"}),
     "context_zigzag": ({"context": 4}, {"context_exchange": "ring", "context_layout": "zigzag"}),
+    "context_no_promise": ({"context": 4}, {"context_exchange": "ring", "context_layout": "zigzag"}),
     "expert_gathered": ({"expert": 4}, {"expert_exchange": "all_gather"}),
     "data_fsdp": ({"data": 2, "fsdp": 4}, {}),
     "fsdp_tensor": ({"fsdp": 4, "tensor": 2}, {"remat": "layer"}),
@@ -112,13 +113,13 @@ def describe(model, params, batch) -> dict:
     return {"margin": margin, "load": load.tolist(), "padding": float(1 - valid.mean()), "documents": documents}
 
 
-def loss_and_gradients(params, mesh, execution):
+def loss_and_gradients(params, mesh, execution, batch):
     model = Llama4(CONFIG, execution)
     objective = cross_entropy_objective(model, ObjectiveConfig())
     with use_mesh(mesh):
         params = jax.device_put(params, named_shardings(params, logical_axes(model), mesh))
         run = jax.jit(jax.value_and_grad(lambda p, b: objective(p, b, None), has_aux=True), compiler_options=OPTIONS)
-        (loss, metrics), gradients = run(params, put_batch(packed_batch(), mesh))
+        (loss, metrics), gradients = run(params, put_batch(batch, mesh))
     return jax.device_get((loss, metrics["expert_load"], gradients))
 
 
@@ -217,11 +218,13 @@ def count_collectives():
 def main(folder: str, *cases: str) -> None:
     model = Llama4(CONFIG)
     params = skewed_params(model)
-    report("batch", **describe(model, params, packed_batch()))
-    expected = loss_and_gradients(params, mesh_of({}), ExecutionConfig())
+    batch = packed_batch()
+    report("batch", **describe(model, params, batch))
+    expected = loss_and_gradients(params, mesh_of({}), ExecutionConfig(), batch)
     for name in cases:
         sizes, execution = CASES[name]
-        got = loss_and_gradients(params, mesh_of(sizes), ExecutionConfig(**execution))
+        given = batch.replace(document_window=None) if name == "context_no_promise" else batch
+        got = loss_and_gradients(params, mesh_of(sizes), ExecutionConfig(**execution), given)
         errors = jax.tree.map(relative_error, got, expected)
         paths = {jax.tree_util.keystr(path): error for path, error in jax.tree_util.tree_leaves_with_path(errors)}
         worst = max(paths, key=paths.get)

@@ -18,7 +18,7 @@ from llama4_jax.training import loop
 from llama4_jax.training.loop import train
 
 FIXTURE = str(Path(__file__).parents[1] / "fixtures/tiny_experiment.py")
-TIMINGS = ("step_seconds", "tokens_per_second", "mfu")
+TIMINGS = ("step_seconds", "tokens_per_second", "model_tflops_per_second", "mfu")
 
 
 def lines_of(workdir):
@@ -45,11 +45,8 @@ class Watched:
         self.seen.append(np.array(batch.tokens))
         return batch
 
-    def get_state(self):
-        return self.batches.get_state()
-
-    def set_state(self, state):
-        self.batches.set_state(state)
+    def __getattr__(self, name):
+        return getattr(self.batches, name)
 
 
 def watched_train(workdir, experiment, monkeypatch, before=None, act=None):
@@ -81,7 +78,9 @@ def test_a_run_leaves_what_it_promises(straight):
     evaluations = [(r["step"], r["evaluation"]) for r in lines_of(workdir) if "evaluation" in r]
     assert evaluations == [(5, "heldout"), (10, "heldout")]
     assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["10", "5"]
-    assert {"loss.png", "expert_load.png", "experiment.json"} <= {path.name for path in workdir.iterdir()}
+    assert {"loss.png", "expert_load.png", "experiment.json", "sharding.txt", "tensorboard"} <= {
+        path.name for path in workdir.iterdir()
+    }
     assert result.evaluations["heldout"]["bits_per_byte"] < 9 and set(result.baselines) == {"gzip", "xz"}
 
 
@@ -92,7 +91,9 @@ from llama4_jax.training import loop
 
 class Deadly:
     def __init__(self, batches):
-        self.batches, self.read, self.get_state = batches, 0, batches.get_state
+        self.batches, self.read = batches, 0
+    def __getattr__(self, name):
+        return getattr(self.batches, name)
     def __next__(self):
         self.read += 1
         if self.read == 9:

@@ -6,7 +6,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from llama4_jax.app import load_experiment
-from llama4_jax.config import MeshConfig
+from llama4_jax.config import MeshConfig, ObjectiveConfig
 from llama4_jax.data.batch import Batch
 from llama4_jax.model.llama4 import Llama4
 from llama4_jax.parallel.mesh import make_mesh
@@ -37,11 +37,11 @@ def batch():
     )
 
 
-def compiled_step(batch, trainable=".*", objective=None):
+def compiled_step(batch, trainable=".*", objective=None, microbatches=1):
     state = create_state(MODEL, OPTIMIZER, trainable, MESH, seed=0)
     objective = objective or cross_entropy_objective(MODEL, EXPERIMENT.objective)
     schedule = learning_rate_schedule(EXPERIMENT.optimizer, 10)
-    step = make_train_step(objective, OPTIMIZER, schedule, state=state, mesh=MESH, seed=0)
+    step = make_train_step(objective, OPTIMIZER, schedule, state=state, mesh=MESH, seed=0, microbatches=microbatches)
     return state, step.lower(state, batch).compile()
 
 
@@ -100,3 +100,27 @@ def test_a_created_state_is_what_the_abstract_one_says():
     state = create_state(MODEL, OPTIMIZER, ".*", MESH, seed=0)
     describe = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), tree)  # noqa: E731
     assert describe(state) == describe(abstract)
+
+
+def test_microbatches_of_uneven_weight_give_the_whole_batchs_update(batch):
+    """The balancing losses are left out: they are of each part by itself."""
+    weights = np.ones((8, 32), np.float32)
+    weights[1::4, 5:] = 0  # part 1 of 4 counts for less than the others
+    weights[2::4] = 0  # part 2 for nothing
+    batch = put_batch(batch.replace(loss_weights=weights), MESH)
+    objective = cross_entropy_objective(MODEL, ObjectiveConfig(load_balance_weight=0, router_z_weight=0))
+    results = []
+    for parts in (1, 4):
+        state, step = compiled_step(batch, objective=objective, microbatches=parts)
+        results.append(step(state, batch))
+    (whole, whole_metrics), (summed, summed_metrics) = results
+    for name in ("loss", "grad_norm"):
+        np.testing.assert_allclose(summed_metrics[name], whole_metrics[name], rtol=1e-5)
+
+    def first_moments(state):  # b1 times the clipped gradient
+        return flatten_dict(state.opt_state[1][0].mu, sep="/")
+
+    for path, expected in first_moments(whole).items():
+        np.testing.assert_allclose(
+            first_moments(summed)[path], expected, atol=1e-5 * np.abs(expected).max() + 1e-9, err_msg=path
+        )
