@@ -11,6 +11,15 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_opti
 _hook = jaxtyping.install_import_hook(["llama4_jax.model", "llama4_jax.inference", "pallas_kernels"], "beartype.beartype")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _bounded_memory():
+    """Compiled programs of one file are of no use to the next; kept, they would come to gigabytes."""
+    import jax
+
+    yield
+    jax.clear_caches()
+
+
 def pytest_addoption(parser):
     parser.addoption("--run-slow", action="store_true", help="also run the tests marked slow")
 
