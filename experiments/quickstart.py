@@ -5,7 +5,7 @@ parameters, of which 1.5 million work on each token. In 1,000 steps (2 million t
 
     1.684 bits a byte, beside 2.016 of gzip -9 and 1.695 of xz -9 on the same bytes (Python 3.11's library),
 
-in 252 seconds on two cores whose large float32 matmuls reach 219 GFLOP/s together, start-up, evaluation and pictures included.
+in 252 to 259 seconds on two cores whose large float32 matmuls reach 219 GFLOP/s together, start-up, evaluation and pictures included.
 
 Command to run:
 
