@@ -10,7 +10,7 @@ the same seed, at the same learning rate, on the text that every Python carries,
     | dense                      | 1.984               | 2.234             | 2.236             |
 
 The mixture is ahead each time, and the more the longer it trains: by 0.030 (1.5%) after the 1,200 steps (2.5 million tokens) that
-this file declares. Both runs together take 248 seconds on two cores.
+this file declares. Both runs together take 248 seconds on two cores (Python 3.11, jax 0.10.2).
 
 Command to run:
 

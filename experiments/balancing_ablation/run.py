@@ -9,12 +9,12 @@ is finished is not run again.
 
 import argparse
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
 
 import llama4_jax as l4
+from llama4_jax.sweep import Run, Sweep, run_sweep
 
 VARIANTS = {  # (ModelConfig.router_bias, ObjectiveConfig.load_balance_weight)
     "none": (False, 0.0),
@@ -63,24 +63,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workdir", required=True, type=Path, help="a folder for each variant is made in it")
     workdir = parser.parse_args().workdir
-    rows = []
-    for name, (router_bias, weight) in VARIANTS.items():
-        folder, prepared = workdir / name, workdir / next(iter(VARIANTS)) / "corpus"
-        if prepared.is_dir() and not (folder / "corpus").exists():
-            shutil.copytree(prepared, folder / "corpus")  # the same for all: its tokenizer takes longest
-        print(f"--- {name}", flush=True)
-        result = l4.train(experiment(router_bias, weight), folder)
-        if result.status == "stopped":
-            return
-        steps = [r for r in map(json.loads, (folder / "metrics.jsonl").open()) if "expert_load" in r]
-        late = [r for r in steps if r["step"] > 0.75 * result.step]
-        rows.append(
-            f"| {name} | {result.evaluations['heldout']['bits_per_byte']:.3f} "
-            f"| {np.mean([busiest(r) for r in late]):.2f} | {np.mean([r['router_entropy'] for r in late]):.2f} |"
-        )
+    runs = {name: Run(name, weight, experiment(router_bias, weight)) for name, (router_bias, weight) in VARIANTS.items()}
+    results = run_sweep(Sweep("weight of the auxiliary loss", list(runs.values())), workdir)
+    if results is None:
+        return
     print("\n| balancing | held-out bits a byte | busiest expert / mean | router entropy, nats |")
     print("|---|---|---|---|")
-    print("\n".join(rows))
+    for name, run in runs.items():
+        lines = (workdir / run.folder / "metrics.jsonl").read_text().splitlines()
+        steps = [record for record in map(json.loads, lines) if "expert_load" in record]
+        late = [record for record in steps if record["step"] > 0.75 * steps[-1]["step"]]
+        (bits,) = results.series[name].values()
+        print(
+            f"| {name} | {bits:.3f} | {np.mean([busiest(r) for r in late]):.2f} "
+            f"| {np.mean([r['router_entropy'] for r in late]):.2f} |"
+        )
 
 
 if __name__ == "__main__":

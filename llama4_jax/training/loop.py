@@ -166,9 +166,6 @@ class _Sitting:
         while self.step < self.experiment.steps and self.stop.name is None:
             batch = put_batch(next(self.batches), self.mesh)
             train_step = train_step or self._compile(batch)
-            if self.trace.at_edge(self.step + 1) and pending is not None:
-                self._settle(*pending)
-                pending = None
             self.trace.before(self.step + 1)
             self.timer.start()
             self.state, metrics = train_step(self.state, batch)
@@ -241,8 +238,10 @@ class _Sitting:
         self.tensorboard.write(record)
 
     def _is_due(self, step: int) -> bool:
+        """Whether nothing may be in flight after this step: something is saved or evaluated, or a trace opens or closes."""
         cadences = [self.experiment.checkpoint.every, *(config.every for config in self.experiment.evaluations.values())]
-        return step == self.experiment.steps or any(step % every == 0 for every in cadences)
+        at_cadence = any(step % every == 0 for every in cadences)
+        return at_cadence or step == self.experiment.steps or self.trace.at_edge(step + 1)
 
     def _evaluate_and_save(self) -> None:
         last = self.step == self.experiment.steps

@@ -80,7 +80,9 @@ def test_text_goes_in_and_comes_out_and_ends_at_the_end_token(model_and_params):
     tokenizer = Tokenizer.train_bpe(["the cat sat on the mat " * 20], 300)
     model, params = model_and_params
     text = generate_text(model, params, tokenizer, "the cat", max_new_tokens=4)
-    assert isinstance(text, str)
+    prompt = left_padded([[tokenizer.bos_id, *tokenizer.encode("the cat")]])
+    ids = generate(model, params, *prompt, jax.random.key(0), max_new_tokens=4, sampling=Sampling(0.0))
+    assert text == tokenizer.decode(np.asarray(ids)[0].tolist())
     always_end = jax.tree.map(jnp.zeros_like, params)
     always_end["final_norm"]["scale"] += 1
     bias = jnp.zeros((CONFIG.hidden_size, CONFIG.vocab_size)).at[:, tokenizer.eos_id].set(1.0)
