@@ -108,6 +108,9 @@ class VisionConfig:
     adapter_size: int = 4096  # both hidden and output width of the adapter
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-5
+    patch_token_id: int = 200_092  # the token whose embedding a patch of an image replaces, `<|patch|>`
+    image_start_token_id: int = 200_080
+    image_end_token_id: int = 200_081
 
     def __post_init__(self):
         _require_positive(self, *(f.name for f in dataclasses.fields(self)))
@@ -130,7 +133,7 @@ class Transfer:
 
 @dataclasses.dataclass(unsafe_hash=True)
 class ModelConfig:
-    """The architecture of one Llama 4 (or dense Llama) text model. Llama 4's own values are the defaults."""
+    """The architecture of one Llama 4 (or dense Llama). Llama 4's own values are the defaults."""
 
     vocab_size: int = 202_048  # V
     hidden_size: int = 5120  # D
