@@ -31,7 +31,7 @@ from llama4_jax.checkpoints.huggingface_config import config_from_hf, config_to_
 from llama4_jax.config import ModelConfig, VisionConfig
 from llama4_jax.errors import UserError
 from llama4_jax.model.llama4 import Llama4, abstract_params
-from llama4_jax.model.vision import VisionTower, abstract_vision_params
+from llama4_jax.model.vision import VisionTower
 
 MAX_SHARD_BYTES = 5 * 10**9  # a larger checkpoint is split, as transformers does
 PROGRESS_BYTES = 2**30  # from here on a bar is shown
@@ -230,7 +230,7 @@ def load_vision_tower(folder: str | os.PathLike, *, dtype: Any = None) -> tuple[
         tensors = list(_vision_tensors(config.vision, config.hidden_size))
         _check_tensors(folder, stored, tensors)
         _refuse_extra(stored, [name for name in stored if name not in {tensor.name for tensor in tensors}])
-        return tower, _read_params(stored, tensors, abstract_vision_params(tower), dtype)
+        return tower, _read_params(stored, tensors, abstract_params(Llama4(config))["vision"], dtype)
 
 
 @dataclasses.dataclass(frozen=True)
