@@ -11,7 +11,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from llama4_jax.app import load_experiment
-from llama4_jax.checkpoints.huggingface import save_pretrained
+from llama4_jax.checkpoints.save import save_pretrained
 from llama4_jax.config import ModelConfig, ObjectiveConfig
 from llama4_jax.inference.sampling import generate_text
 from llama4_jax.model.llama4 import Llama4, init_model_state
