@@ -26,9 +26,7 @@ def main() -> None:
         state = decoding.State(cache, jax.block_until_ready(logits), keys, jnp.int32(0), jnp.zeros(s.BATCH, bool))
         prefilled, pieces = time.perf_counter(), []
         for _ in range(s.NEW // decode_room):
-            state, tokens = decoding.decode(
-                model, variables, state, stop_ids, steps, sampling=l4.Sampling(), room=decode_room
-            )
+            state, tokens = decoding.decode(model, variables, state, stop_ids, steps, sampling=l4.Sampling(), room=decode_room)
             pieces.append(np.asarray(tokens))  # as a server would, to look for stop strings
         return prefilled - began, time.perf_counter() - prefilled, np.concatenate(pieces, axis=1)
 

@@ -10,6 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from llama4_jax.checkpoints.load import load_params
+from llama4_jax.checkpoints.open import open_checkpoint
+from llama4_jax.config import ExecutionConfig
 from llama4_jax.errors import UserError
 from llama4_jax.inference import decoding
 from llama4_jax.inference.sampling import Sampling
@@ -148,13 +151,27 @@ class Generator:
         return images
 
 
+def load_generator(path: str, *, execution: ExecutionConfig | None = None) -> Generator:
+    """The model of a checkpoint of any format (see open_checkpoint), with its words, on the default device.
+
+    Without an `execution`, matmuls and parameters are bfloat16 on an accelerator and float32 on a CPU. Raises UserError for a
+    checkpoint that cannot be read, or that comes without a tokenizer.
+    """
+    if execution is None:
+        execution = ExecutionConfig(compute_dtype="float32" if jax.default_backend() == "cpu" else "bfloat16")
+    with open_checkpoint(path) as reader:
+        processor = Processor.from_files(reader.beside, reader.config, str(path))
+        params = load_params(reader, dtype=execution.compute_dtype, source=str(path))
+    return Generator(Llama4(reader.config, execution), params, processor)
+
+
 class _Row:
     """One text as it grows."""
 
     def __init__(self, processor: Processor, limits: Limits):
         self._processor = processor
         self._stop = limits.stop
-        self._text = processor.incremental_decoder()
+        self._text = processor.stream()
         self._decoded = ""
         self._end: int | None = None  # of the text, once a stop string or stop token was found
         self.tokens: list[int] = []
@@ -173,7 +190,7 @@ class _Row:
                 self._look_for_stop(len(self._decoded))
                 self._end = len(self._decoded) if self._end is None else self._end
                 return
-            new = self._text.add(token)
+            new = self._text.push(token)
             self._decoded += new
             self._look_for_stop(len(new))
 
