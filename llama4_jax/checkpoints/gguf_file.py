@@ -10,7 +10,6 @@ Shapes here are NumPy's, outermost axis first; ggml's are the other way round.
 import contextlib
 import dataclasses
 import functools
-import itertools
 import math
 import mmap
 import os
@@ -24,6 +23,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from llama4_jax.checkpoints.file_tensor import Index, bounds
 from llama4_jax.errors import UserError
 
 MAX_HEADER_BYTES = 2**26  # the largest in circulation, of a vocabulary of 256,000 tokens, have 15 MB
@@ -106,9 +106,9 @@ class StoredTensor:
     def nbytes(self) -> int:
         return math.prod(self.shape[:-1]) * self.row_bytes
 
-    def read(self, index: tuple[slice, ...] = ()) -> np.ndarray:
+    def read(self, index: Index = ()) -> np.ndarray:
         """The part that slices (of step 1) of the leading axes select; only rows that it touches are read."""
-        spans = [range(size)[part] for size, part in itertools.zip_longest(self.shape, index, fillvalue=slice(None))]
+        spans = [range(*limits) for limits in bounds(index, self.shape)]
         result = np.empty([len(span) for span in spans], self.dtype)
         *outer, height, _ = (1, *self.shape)
         *outer_spans, rows, columns = (range(1), *spans)
@@ -344,7 +344,8 @@ class NewFile:
     def write(self, name: str, tensor: np.ndarray) -> None:
         """Quantises and writes one tensor, chunk by chunk."""
         place = self._places[name]
-        assert tensor.shape == place.shape, (name, tensor.shape, place.shape)
+        if tensor.shape != place.shape:
+            raise ValueError(f"{name} has shape {tensor.shape}, announced as {place.shape}")
         rows = tensor.reshape(-1, tensor.shape[-1])
         step = max(1, CHUNK_BYTES // (4 * tensor.shape[-1]))
         with self._disk():
@@ -354,10 +355,9 @@ class NewFile:
         self._left.discard(name)
 
     def finish(self) -> None:
-        """Puts the file in its place. All tensors must have been written."""
+        """Puts the file in its place."""
         if self._left:
-            self.abandon()
-            raise UserError(f"{self.path}: tensor {min(self._left)} was not given{f' ({len(self._left)} in all)'}")
+            raise ValueError(f"not all announced tensors were written: {min(self._left)} is missing")
         with self._disk():
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -365,7 +365,7 @@ class NewFile:
             self._partial.rename(self.path)
 
     def abandon(self) -> None:
-        """Removes what was written, unless it is finished."""
+        """Removes what was written, unless that is finished."""
         self._file.close()
         self._partial.unlink(missing_ok=True)
 
