@@ -109,8 +109,9 @@ def _common_form(stored: Mapping[str, StoredTensor]) -> dict[str, Source]:
             found[layer, here] = _expert_source(tensor) if _EXPERTS.search(here) else tensor
         elif name != ROPE_FACTORS and not (part == up and f"blk.{layer}.{gate}" in stored):
             raise UserError(f"{tensor.place} has no place in a Llama or Llama 4")
-    order = {part: place for place, part in enumerate([first, *LAYER_NAMES, GATE_UP, *last])}
-    keys = sorted(found, key=lambda key: (key[0], order[key[1]]))
+    order = [first, *LAYER_NAMES, *last]
+    order.insert(order.index("feed_forward.experts.down_proj"), GATE_UP)
+    keys = sorted(found, key=lambda key: (key[0], order.index(key[1])))
     return {part if part in NAMES else f"model.layers.{layer}.{part}": found[layer, part] for layer, part in keys}
 
 

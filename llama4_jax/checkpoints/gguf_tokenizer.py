@@ -104,20 +104,21 @@ def _special(metadata: Metadata, name: str, tokens: list[str]) -> str | None:
 
 
 def _tokenizer(metadata: Metadata, tokens: list[str], cut: _Cut, bos: str | None) -> bytes:
-    vocabulary = {token: number for number, token in enumerate(tokens)}
     kinds = metadata.get("tokenizer.ggml.token_type", np.full(len(tokens), _NORMAL), np.ndarray)
     merges = [tuple(merge.split(" ", 1)) for merge in metadata.get("tokenizer.ggml.merges", None, list)]
-    if len(vocabulary) < len(tokens):
+    if len(set(tokens)) < len(tokens):
         metadata.fail("tokenizer.ggml.tokens", "holds a token twice")
     if len(kinds) != len(tokens):
         metadata.fail("tokenizer.ggml.token_type", f"must be {len(tokens)} numbers, one for each token")
+    named = [(number, token, kind) for number, (token, kind) in enumerate(zip(tokens, kinds.tolist(), strict=True))]
+    vocabulary = {token: number for number, token, kind in named if kind != _UNUSED}
     for merge in merges:
         if len(merge) != 2 or not {*merge, "".join(merge)} <= vocabulary.keys():
             metadata.fail("tokenizer.ggml.merges", f"holds {' '.join(merge)[:60]!r}, which does not join two tokens to a third")
     added = [
         {"id": number, "content": token, "special": kind == _CONTROL}
         | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-        for number, (token, kind) in enumerate(zip(tokens, kinds.tolist(), strict=True))
+        for number, token, kind in named
         if kind in (_CONTROL, _USER_DEFINED)
     ]
     content = _json(
