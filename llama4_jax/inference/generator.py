@@ -40,8 +40,8 @@ class Limits:
     def __post_init__(self):
         if self.max_new_tokens < 1:
             raise UserError(f"max_new_tokens must be 1 or more, got {self.max_new_tokens}")
-        if isinstance(self.stop, str) or not all(self.stop):
-            raise UserError(f"stop must be a tuple of non-empty strings, got {self.stop!r}")
+        if not all(self.stop):
+            raise UserError(f"stop strings must not be empty, got {self.stop!r}")
 
 
 @dataclasses.dataclass(frozen=True)

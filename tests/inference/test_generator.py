@@ -162,5 +162,5 @@ def test_bad_input_is_named(tiny):
         tiny.complete([Prompt([1] * 120)], limits=Limits(9))
     with pytest.raises(UserError, match="max_new_tokens must be 1 or more, got 0"):
         Limits(0)
-    with pytest.raises(UserError, match="stop must be a tuple of non-empty strings, got ''"):
-        Limits(stop="")
+    with pytest.raises(UserError, match=r"stop strings must not be empty, got \('a', ''\)"):
+        Limits(stop=("a", ""))
