@@ -43,7 +43,7 @@ class ImageTokens:
     def layout(self, grid: TileGrid, tokens_per_tile: int) -> list[int]:
         """Llama 4's layout: the tiles row by row with their separators, then the global tile; a single tile is its own."""
         patches = [self.patch] * tokens_per_tile
-        row = ([*patches, self.tile_x_separator] * grid.columns)[:-1] + [self.tile_y_separator]
+        row = [*([*patches, self.tile_x_separator] * grid.columns)[:-1], self.tile_y_separator]
         local = row * grid.rows if grid.num_tiles > 1 else []
         return [self.start, *local, self.image, *patches, self.end]
 
