@@ -24,6 +24,7 @@ from llama4_jax.processing.images import Picture
 from llama4_jax.processing.video import VideoSampling, sample_frames, time_label
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "ipython")
+_SAMPLING = VideoSampling()
 _PICTURE = "a path, bytes, a uint8 array or an image of Pillow's"
 
 
@@ -52,7 +53,7 @@ def read_conversation(
     images: Sequence[Picture] = (),
     *,
     folder: Path | None = None,
-    video: VideoSampling = VideoSampling(),
+    video: VideoSampling = _SAMPLING,
 ) -> Conversation:
     """Checks messages and takes their pictures out; a video becomes its frames, each after its time.
 

@@ -21,7 +21,7 @@ from llama4_jax.processing.chat import Encoded, Llama4Format
 from llama4_jax.processing.image_tokens import ImageTokens, check_patch_places, tokens_per_tile
 from llama4_jax.processing.images import ImageLimits, Picture, choose_grid, cut_tiles, image_size, read_image
 from llama4_jax.processing.messages import Conversation, Shown, plain, read_conversation
-from llama4_jax.processing.ranks import LLAMA4
+from llama4_jax.processing.ranks import LLAMA4, ranks_tokenizer
 from llama4_jax.processing.template_format import TemplateFormat
 from llama4_jax.processing.templates import ChatTemplate
 from llama4_jax.processing.tokenizer import Tokenizer
@@ -29,8 +29,10 @@ from llama4_jax.processing.video import VideoSampling
 
 LossOn = Literal["assistant", "last", "all"]
 
-_TOKENIZER, _SETTINGS, _GENERATION = "tokenizer.json", "tokenizer_config.json", "generation_config.json"
+_TOKENIZER, _RANKS, _SETTINGS = "tokenizer.json", "tokenizer.model", "tokenizer_config.json"
 _TEMPLATE, _OLD_TEMPLATE = "chat_template.jinja", "chat_template.json"
+_GENERATION, _PICTURES = "generation_config.json", "preprocessor_config.json"
+_FILES = (_TOKENIZER, _RANKS, _SETTINGS, _TEMPLATE, _OLD_TEMPLATE, _GENERATION, _PICTURES)
 _TURN_ENDS = (chat.EOT, chat.EOM)
 _IMAGE = "<|image|>"  # what a Llama 4 template writes in a picture's place
 _MAX_TILES = 16  # of the published models
@@ -119,42 +121,63 @@ class Processor:
         folder = Path(source)
         if source == LLAMA4 or not folder.is_dir():
             return cls(Tokenizer.load(source), config)
-        file = folder / _TOKENIZER
-        if not file.exists():
-            file = folder / "tokenizer.model" if (folder / "tokenizer.model").exists() else file
-        settings = _read_json(folder / _SETTINGS)
+        try:
+            files = {name: (folder / name).read_bytes() for name in _FILES if (folder / name).is_file()}
+        except OSError as error:
+            raise UserError(f"cannot read {error.filename}: {error.strerror}") from None
+        return cls.from_files(files, config, str(folder))
+
+    @classmethod
+    def from_files(cls, files: Mapping[str, bytes], config: ModelConfig, name: str) -> "Processor":
+        """The same of a folder's files in memory, by their names; `name` is what messages call the folder."""
+        try:
+            texts = {each: content.decode() for each, content in files.items() if each in _FILES and each != _RANKS}
+        except UnicodeDecodeError as error:
+            raise UserError(f"a file of words in {name} is not UTF-8: {error}") from None
+        if _TOKENIZER in texts:
+            tokenizer = Tokenizer.from_json(texts[_TOKENIZER], f"{name}/{_TOKENIZER}")
+        elif _RANKS in files:
+            tokenizer = Tokenizer(ranks_tokenizer(files[_RANKS], f"{name}/{_RANKS}"), f"{name}/{_RANKS}")
+        else:
+            raise UserError(f"no tokenizer in {name}: it has neither {_TOKENIZER} nor {_RANKS}")
+        settings = _json_object(texts, _SETTINGS, name)
         return cls(
-            Tokenizer.load(file),
+            tokenizer,
             config,
-            template=_read_template(folder, settings),
+            template=_find_template(texts, settings, name),
             settings=settings,
-            stop_ids=_stop_ids(_read_json(folder / _GENERATION)),
-            max_tiles=_read_json(folder / "preprocessor_config.json").get("max_patches") or _MAX_TILES,
+            stop_ids=_whole_numbers(texts, _GENERATION, name, "eos_token_id"),
+            max_tiles=max(_whole_numbers(texts, _PICTURES, name, "max_patches") or [_MAX_TILES]),
         )
 
     def save(self, folder: str | Path) -> None:
-        """Writes the files that `load` and transformers read: tokenizer, its settings, the template, and what ends a text."""
+        """Writes `files` into a folder, made where it is missing."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self.tokenizer.save(folder / _TOKENIZER)
-        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": self.config.max_position_embeddings}
-        settings |= {
-            f"{role}_token": self.tokenizer.decode([token])
-            for role, token in (("bos", self.tokenizer.bos_id), ("eos", self.tokenizer.eos_id), ("pad", self.tokenizer.pad_id))
-        }
+        for name, content in self.files().items():
+            (folder / name).write_bytes(content)
+
+    def files(self) -> dict[str, bytes]:
+        """The files that `load` and transformers read, by name: tokenizer, its settings, the template, what ends a text."""
+        tokenizer, config = self.tokenizer, self.config
+        roles = (("bos", tokenizer.bos_id), ("eos", tokenizer.eos_id), ("pad", tokenizer.pad_id))
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.max_position_embeddings}
+        settings |= {f"{role}_token": tokenizer.decode([token]) for role, token in roles}
         settings |= {key: value for key, value in self._settings.items() if key != "chat_template"}
-        _write_json(folder / _SETTINGS, settings)
-        _write_json(folder / _GENERATION, {"bos_token_id": self.config.bos_token_id, "eos_token_id": list(self.stop_ids)})
+        texts = {
+            _TOKENIZER: tokenizer.to_json(),
+            _SETTINGS: _json_text(settings),
+            _GENERATION: _json_text({"bos_token_id": config.bos_token_id, "eos_token_id": list(self.stop_ids)}),
+        }
         if isinstance(self._format, TemplateFormat):
-            (folder / _TEMPLATE).write_text(self._format.template.source, encoding="utf-8")
+            texts[_TEMPLATE] = self._format.template.source
         if self._vision is not None:
-            size = {"height": self._vision.image_size, "width": self._vision.image_size}
-            half = [0.5, 0.5, 0.5]
-            _write_json(
-                folder / "preprocessor_config.json",
-                {"image_processor_type": "Llama4ImageProcessorFast", "size": size, "max_patches": self.max_tiles}
-                | {"image_mean": half, "image_std": half, "do_rescale": True, "do_normalize": True, "do_resize": True},
+            side, half = self._vision.image_size, [0.5, 0.5, 0.5]
+            texts[_PICTURES] = _json_text(
+                {"image_processor_type": "Llama4ImageProcessorFast", "size": {"height": side, "width": side}}
+                | {"max_patches": self.max_tiles, "image_mean": half, "image_std": half}
             )
+        return {name: text.encode() for name, text in texts.items()}
 
     # --------------------------------------------------------------------------------------------------------------------
     # In
@@ -166,9 +189,8 @@ class Processor:
         read, and for any where the model does not see.
         """
         shown = [Shown(picture) for picture in images]
-        tokens = [self.tokenizer.bos_id] if self._begins_with_bos() else []
-        tokens += [token for layout in self._layouts(shown) for token in layout]
-        return self._with_tiles([*tokens, *self.tokenizer.encode(text, allow_special=allow_special)], shown)
+        pictures = [token for layout in self._layouts(shown) for token in layout]
+        return self._with_tiles([*self._prefix(), *pictures, *self.tokenizer.encode(text, allow_special=allow_special)], shown)
 
     def chat(
         self,
@@ -255,10 +277,11 @@ class Processor:
             check_patch_places(tokens, tiles, self._vision)
         return Prompt(tokens, tiles)
 
-    def _begins_with_bos(self) -> bool:
-        """As tokenizer_config.json says, or else the tokenizer's own rule, or else as documents are trained on: yes."""
-        told = self._settings.get("add_bos_token")
-        return self.tokenizer.adds_bos if told is None else bool(told)
+    def _prefix(self) -> list[int]:
+        """What begins a prompt: as tokenizer_config.json says, or else as the tokenizer's own file does."""
+        prefix, told = self.tokenizer.prefix, self._settings.get("add_bos_token")
+        bos = self.tokenizer.token_to_id(_named_tokens(self._settings).get("bos_token", ""))
+        return prefix if told is None else [] if not told else prefix or [self.tokenizer.bos_id if bos is None else bos]
 
     # --------------------------------------------------------------------------------------------------------------------
     # Out
@@ -321,43 +344,43 @@ def _counted(encoded: Encoded, loss_on: LossOn, image: ImageTokens | None) -> li
     return [turn >= 0 and wanted(turn) and token not in of_images for token, turn in pairs]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _json_object(texts: Mapping[str, str], file: str, name: str) -> dict[str, Any]:
     """What the file holds; nothing where there is none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
+        content = json.loads(texts.get(file, "{}"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{name}/{file} is not JSON: {error}") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path} must hold a JSON object, got {type(content).__name__}")
+        raise UserError(f"{name}/{file} must hold a JSON object, got {type(content).__name__}")
     return content
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def _json_text(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
-def _read_template(folder: Path, settings: dict[str, Any]) -> ChatTemplate | None:
-    """The template of a folder: the file of its own, else what tokenizer_config.json holds, of several the one called default."""
-    file = folder / _TEMPLATE
-    if file.exists():
-        try:
-            return ChatTemplate(file.read_text(encoding="utf-8"), str(file))
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read {file}: {error}") from None
-    for name, found in ((_OLD_TEMPLATE, _read_json(folder / _OLD_TEMPLATE)), (_SETTINGS, settings)):
+def _find_template(texts: Mapping[str, str], settings: dict[str, Any], name: str) -> ChatTemplate | None:
+    """The template in a file of its own, else what tokenizer_config.json holds, of several the one called default."""
+    if _TEMPLATE in texts:
+        return ChatTemplate(texts[_TEMPLATE], f"{name}/{_TEMPLATE}")
+    for file, found in ((_OLD_TEMPLATE, _json_object(texts, _OLD_TEMPLATE, name)), (_SETTINGS, settings)):
         source = found.get("chat_template")
         if isinstance(source, list):
             source = {each.get("name"): each.get("template") for each in source if isinstance(each, dict)}.get("default")
         if isinstance(source, str):
-            return ChatTemplate(source, str(folder / name))
+            return ChatTemplate(source, f"{name}/{file}")
     return None
 
 
-def _stop_ids(generation: dict[str, Any]) -> list[int] | None:
-    ids = generation.get("eos_token_id")
-    return ids if isinstance(ids, list) or ids is None else [ids]
+def _whole_numbers(texts: Mapping[str, str], file: str, name: str, key: str) -> list[int] | None:
+    """The number, or numbers, under a key of a file; None where there are none."""
+    value = _json_object(texts, file, name).get(key)
+    if value is None:
+        return None
+    numbers = value if isinstance(value, list) else [value]
+    if not all(isinstance(number, int) and number >= 0 for number in numbers):
+        raise UserError(f"{name}/{file}: {key} must be whole numbers, got {value!r:.80}")
+    return numbers
 
 
 def _named_tokens(settings: dict[str, Any]) -> dict[str, str]:

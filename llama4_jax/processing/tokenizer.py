@@ -99,15 +99,24 @@ class Tokenizer:
             raise UserError(f"no tokenizer at {path}: give the path of a tokenizer.json") from None
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read the tokenizer {path}: {error}") from None
+        return cls.from_json(text, str(path))
+
+    @classmethod
+    def from_json(cls, text: str, name: str) -> Tokenizer:
+        """From what a tokenizer.json holds; `name` is what messages call it. Raises UserError when it is not one."""
         try:
             backend = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # what the library raises for a malformed file is a bare Exception
-            raise UserError(f"{path} is not a tokenizer.json: {error}") from None
-        return cls(backend, str(path))
+            raise UserError(f"{name} is not a tokenizer.json: {error}") from None
+        return cls(backend, name)
+
+    def to_json(self) -> str:
+        """A tokenizer.json that `load`, tokenizers and transformers read."""
+        return self._backend.to_str(pretty=True)
 
     def save(self, path: str | Path) -> None:
-        """Writes a tokenizer.json that `load`, tokenizers and transformers read."""
-        Path(path).write_text(self._backend.to_str(pretty=True), encoding="utf-8")
+        """Writes `to_json`."""
+        Path(path).write_text(self.to_json(), encoding="utf-8")
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
         """Ids of the text alone: no token is added before or after it.
@@ -126,9 +135,13 @@ class Tokenizer:
         return self._backend.decode([int(token) for token in ids], skip_special_tokens=not keep_special)
 
     @property
-    def adds_bos(self) -> bool:
-        """Whether the file wants a text to begin with the token for that; where it has no rule for it, yes."""
-        return self._backend.post_processor is None or self.bos_id in self._backend.encode("").ids
+    def prefix(self) -> list[int]:
+        """What the file puts before a text; where it has no rule for it, the token that begins a document."""
+        if self._backend.post_processor is None:
+            return [self.bos_id]
+        bare, whole = self.encode("a"), self._backend.encode("a").ids
+        places = (i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
+        return whole[: next(places, 0)]
 
     def token_to_id(self, name: str) -> int | None:
         """The id of a token by its name, or None."""
