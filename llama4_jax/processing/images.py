@@ -5,11 +5,14 @@ black to the right and below, and cut row by row. After more than one tile comes
 the global tile.
 """
 
+import contextlib
 import dataclasses
 import io
 import math
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -41,6 +44,9 @@ class ImageLimits:
     max_pixels: int = 100_000_000  # three bytes each once decoded
 
 
+_LIMITS = ImageLimits()
+
+
 @dataclasses.dataclass(frozen=True)
 class TileGrid:
     """How a picture is cut."""
@@ -67,82 +73,92 @@ class TiledImage:
 # Reading
 
 
-def image_size(picture: Picture, limits: ImageLimits = ImageLimits(), name: str | None = None) -> tuple[int, int]:
-    """Width and height as the picture will be read, from its header alone. Raises UserError as read_image does."""
-    if isinstance(picture, np.ndarray):
-        return picture.shape[1], picture.shape[0]
-    image = _open(picture, limits, name or _name(picture))
-    width, height = image.size
-    return (height, width) if _orientation(image) in _LYING else (width, height)
+class ImageError(UserError):
+    """A picture that cannot be read."""
 
 
-def read_image(picture: Picture, limits: ImageLimits = ImageLimits(), name: str | None = None) -> Image.Image:
+def image_size(picture: Picture, limits: ImageLimits = _LIMITS) -> tuple[int, int]:
+    """Width and height as the picture will be read, from its header alone. Raises ImageError as read_image does."""
+    with _opened(picture, limits) as image:
+        width, height = image.size
+        return (height, width) if _orientation(image) in _LYING else (width, height)
+
+
+def read_image(picture: Picture, limits: ImageLimits = _LIMITS) -> Image.Image:
     """A picture in RGB: a path, the bytes of a file, an image of Pillow's or an array.
 
     It stands as its EXIF orientation says (where that comes before the pixels, as cameras write it). What is transparent is
-    laid over white. Sixteen bits a channel become eight. Of an animation it is the first frame. `name` is what messages call it.
+    laid over white. Sixteen bits a channel become eight. Of an animation it is the first frame.
 
     Raises:
-        UserError: no file, another format than PNG, JPEG and WebP, a file that is damaged or cut short, or one beyond `limits`.
+        ImageError: no file, another format than PNG, JPEG and WebP, a file that is damaged or cut short, or one beyond `limits`.
     """
-    name = name or _name(picture)
-    image = _from_array(picture, name) if isinstance(picture, np.ndarray) else _open(picture, limits, name)
-    try:
-        image.load()
-        orientation = _orientation(image)
-        image = _in_rgb(image)
-        return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
-    except Exception as error:  # what a codec raises on damaged bytes is its own
-        raise UserError(f"cannot decode the image {name}: {_one_line(error)}") from None
+    with _opened(picture, limits) as image:
+        try:
+            image.load()
+            orientation = _orientation(image)
+            image = _in_rgb(image)
+            return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+        except Exception as error:  # what a codec raises on damaged bytes is its own
+            raise ImageError(f"cannot decode the image {_name(picture)}: {_one_line(error)}") from None
 
 
-def _open(picture: str | Path | bytes | Image.Image, limits: ImageLimits, name: str) -> Image.Image:
+@contextlib.contextmanager
+def _opened(picture: Picture, limits: ImageLimits) -> Iterator[Image.Image]:
     """The image with its header read and its size within limits."""
-    image = picture if isinstance(picture, Image.Image) else _read_header(_content(picture, limits, name), limits, name)
-    width, height = image.size
-    if not 0 < width * height <= limits.max_pixels:
-        raise UserError(
-            f"the image {name} has {width} x {height} pixels, and at most {limits.max_pixels:,} are read: make it smaller"
-        )
-    return image
+    name = _name(picture)
+    with contextlib.ExitStack() as stack:
+        if isinstance(picture, Image.Image):
+            image = picture
+        elif isinstance(picture, np.ndarray):
+            image = _from_array(picture)
+        else:
+            image = _read_header(stack.enter_context(_stream(picture, limits, name)), limits, name)
+        width, height = image.size
+        if not 0 < width * height <= limits.max_pixels:
+            raise ImageError(
+                f"the image {name} has {width} x {height} pixels, and at most {limits.max_pixels:,} are read: make it smaller"
+            )
+        yield image
 
 
-def _content(picture: str | Path | bytes, limits: ImageLimits, name: str) -> bytes:
+def _stream(picture: str | Path | bytes, limits: ImageLimits, name: str) -> BinaryIO:
     try:
-        if not isinstance(picture, bytes):
-            with open(Path(picture).expanduser(), "rb") as file:
-                picture = file.read(limits.max_bytes + 1)
+        stream = io.BytesIO(picture) if isinstance(picture, bytes) else open(Path(picture).expanduser(), "rb")  # noqa: SIM115
+        size = stream.seek(0, io.SEEK_END)
+        stream.seek(0)
     except FileNotFoundError:
-        raise UserError(f"no image at {name}") from None
+        raise ImageError(f"no image at {name}") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the image {name}: {_one_line(error)}") from None
-    if len(picture) > limits.max_bytes:
-        raise UserError(f"the image {name} has more than {limits.max_bytes:,} bytes: make it smaller")
-    return picture
+        raise ImageError(f"cannot read the image {name}: {_one_line(error)}") from None
+    if size > limits.max_bytes:
+        stream.close()
+        raise ImageError(f"the image {name} has {size:,} bytes, and at most {limits.max_bytes:,} are read: make it smaller")
+    return stream
 
 
-def _read_header(content: bytes, limits: ImageLimits, name: str) -> Image.Image:
+def _read_header(stream: BinaryIO, limits: ImageLimits, name: str) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit follows
-            return Image.open(io.BytesIO(content), formats=FORMATS)
+            return Image.open(stream, formats=FORMATS)
     except Image.DecompressionBombError:
-        raise UserError(
+        raise ImageError(
             f"the image {name} has far more than the {limits.max_pixels:,} pixels that are read: make it smaller"
         ) from None
     except UnidentifiedImageError:
-        raise UserError(f"{name} is not a {', '.join(FORMATS)} image, or its header is damaged") from None
+        raise ImageError(f"{name} is not a {', '.join(FORMATS)} image, or its header is damaged") from None
     except Exception as error:  # what a codec raises on damaged bytes is its own
-        raise UserError(f"cannot decode the image {name}: {_one_line(error)}") from None
+        raise ImageError(f"cannot decode the image {name}: {_one_line(error)}") from None
 
 
-def _from_array(pixels: np.ndarray, name: str) -> Image.Image:
+def _from_array(pixels: np.ndarray) -> Image.Image:
     if (
         pixels.dtype != np.uint8
         or not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (3, 4)))
         or not pixels.size
     ):
-        raise UserError(f"{name} must be uint8 [h, w], [h, w, 3] or [h, w, 4], got {pixels.dtype} {list(pixels.shape)}")
+        raise ImageError(f"an image must be uint8 [h, w], [h, w, 3] or [h, w, 4], got {pixels.dtype} {list(pixels.shape)}")
     return Image.fromarray(pixels)
 
 
@@ -170,7 +186,7 @@ def _orientation(image: Image.Image) -> int:
 def _name(picture: Picture) -> str:
     if isinstance(picture, str | Path):
         return str(picture)
-    return getattr(picture, "filename", "") or "given"
+    return getattr(picture, "filename", "") or "that was given"
 
 
 def _one_line(error: Exception) -> str:

@@ -96,7 +96,7 @@ class _Reader:
 
     def content(self, content: Any, here: str) -> str | list[dict[str, Any]]:
         if isinstance(content, str):
-            return str.__str__(content)
+            return plain(content)
         if not isinstance(content, list | tuple):
             raise UserError(f"{here}: the content must be a text or a list of parts, got {content!r:.80}")
         parts = [part for each in content for part in self.part(each, here)]
@@ -107,7 +107,7 @@ class _Reader:
     def part(self, part: Any, here: str) -> list[dict[str, Any]]:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind == "text" and isinstance(part.get("text"), str):
-            return [{"type": "text", "text": str.__str__(part["text"])}]
+            return [{"type": "text", "text": plain(part["text"])}]
         if kind in ("image", "image_url"):
             self.pictures.append(Shown(self.picture(part, here)))
             return [{"type": "image"}]
@@ -185,12 +185,16 @@ def _from_base64(content: Any, here: str) -> bytes:
 
 def plain(value: Any) -> Any:
     """A copy of JSON-like data that holds nothing but the plain types, for templates must not meet objects with methods."""
-    if value is None or type(value) in (str, int, float, bool):
+    if value is None or type(value) in (int, float, bool):
         return value
     if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise UserError("a text holds half of a surrogate pair, which no UTF-8 can express") from None
         return str.__str__(value)
     if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {plain(str(key)): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
     raise UserError(f"messages and tools hold text, numbers, lists and objects, not {type(value).__name__}")
