@@ -107,6 +107,7 @@ class _Sitting:
         self.corpus = prepare_corpus(
             experiment.data,
             vocab_size=experiment.model.vocab_size,
+            model=experiment.model,
             document_window=experiment.model.attention_chunk_size,
             cache_dir=run.folder / "corpus",
             progress=progress,
