@@ -16,7 +16,6 @@ import jax
 from llama4_jax.config import AttentionTemperature, ModelConfig, RopeScaling, VisionConfig
 from llama4_jax.errors import UserError
 from llama4_jax.model.llama4 import Llama4, abstract_params
-from llama4_jax.model.vision import VisionTower, abstract_vision_params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,15 +74,15 @@ def list_named_configs() -> list[NamedConfig]:
 
 def count_parameters(config: ModelConfig) -> ParameterCounts:
     """Counts of a model of any size, from the shapes that its modules would make; nothing is allocated."""
-    text = active = 0
+    text = active = vision = 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(Llama4(config))):
-        text += math.prod(leaf.shape)
+        size = math.prod(leaf.shape)
+        if path[0].key == "vision":
+            vision += size
+            continue
+        text += size
         routed = any(key.key == "experts" for key in path)
-        active += math.prod(leaf.shape) * config.experts_per_token // config.num_experts if routed else math.prod(leaf.shape)
-    vision = 0
-    if config.vision is not None:
-        tower = abstract_vision_params(VisionTower(config.vision, config.hidden_size))
-        vision = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tower))
+        active += size * config.experts_per_token // config.num_experts if routed else size
     return ParameterCounts(text + vision, text, vision, active)
 
 

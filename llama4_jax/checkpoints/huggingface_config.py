@@ -27,6 +27,11 @@ _FIXED_VISION = {
     "attention_dropout": 0,
     "projector_dropout": 0,
 }
+_IMAGE_TOKENS = {
+    "patch_token_id": "image_token_index",
+    "image_start_token_id": "boi_token_index",
+    "image_end_token_id": "eoi_token_index",
+}
 _KINDS = {int: "an integer", float: "a number", bool: "true or false", list: "a list", dict: "an object", str: "a string"}
 
 
@@ -98,7 +103,10 @@ def _read_multimodal(keys: _Keys) -> dict[str, Any]:
     if keys.get("tie_word_embeddings", False, bool) and not keys.sub("text_config").get("tie_word_embeddings", False, bool):
         keys.fail("tie_word_embeddings", "is true, but text_config.tie_word_embeddings is not")
     fields = _read_llama4_text(keys.sub("text_config"))
-    return fields | {"vision": _read_vision(keys.sub("vision_config")) if keys.has("vision_config") else None}
+    if not keys.has("vision_config"):
+        return fields
+    tokens = {field: token for field, key in _IMAGE_TOKENS.items() if (token := keys.get(key, None, int)) is not None}
+    return fields | {"vision": VisionConfig(**_read_vision(keys.sub("vision_config")), **tokens)}
 
 
 def _read_llama4_text(keys: _Keys) -> dict[str, Any]:
@@ -248,7 +256,7 @@ def _interval_or_list(name: str, layers: tuple[int, ...], num_layers: int) -> di
     return {f"{name}_layers": layers}
 
 
-def _read_vision(keys: _Keys) -> VisionConfig:
+def _read_vision(keys: _Keys) -> dict[str, Any]:
     keys.expect(_FIXED_VISION)
     width = keys.get("hidden_size", 768, int)
     mlp = keys.get("intermediate_size", 5632, int)
@@ -271,18 +279,18 @@ def _read_vision(keys: _Keys) -> VisionConfig:
     rope, scaling = _read_rope(keys, default_theta=10_000.0)
     if scaling is not None:
         keys.fail("rope_parameters", "must have rope_type 'default' in the vision tower")
-    return VisionConfig(
-        hidden_size=width,
-        num_layers=keys.get("num_hidden_layers", 34, int),
-        num_heads=keys.get("num_attention_heads", 16, int),
-        mlp_size=mlp,
-        image_size=_square(keys, "image_size", 448),
-        patch_size=_square(keys, "patch_size", 14),
-        num_channels=keys.get("num_channels", 3, int),
-        pixel_shuffle_ratio=ratio,
-        adapter_size=adapter["vision_output_dim"],
-        rope_theta=rope,
-    )
+    return {
+        "hidden_size": width,
+        "num_layers": keys.get("num_hidden_layers", 34, int),
+        "num_heads": keys.get("num_attention_heads", 16, int),
+        "mlp_size": mlp,
+        "image_size": _square(keys, "image_size", 448),
+        "patch_size": _square(keys, "patch_size", 14),
+        "num_channels": keys.get("num_channels", 3, int),
+        "pixel_shuffle_ratio": ratio,
+        "adapter_size": adapter["vision_output_dim"],
+        "rope_theta": rope,
+    }
 
 
 def _square(keys: _Keys, key: str, default: int) -> int:
@@ -314,6 +322,7 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
         "text_config": text,
         "vision_config": _write_vision(config.vision),
         "tie_word_embeddings": config.tie_embeddings,
+        **{key: getattr(config.vision, field) for field, key in _IMAGE_TOKENS.items()},
     }
 
 

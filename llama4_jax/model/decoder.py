@@ -12,12 +12,7 @@ from llama4_jax.model.cache import Cache, LayerCache, Slots
 from llama4_jax.model.context import Context
 from llama4_jax.model.moe import DenseFFN, MoE, RouterStats
 from llama4_jax.model.norms import RMSNorm
-
-# What the backward pass still has of a layer's forward pass, beside its input.
-REMAT_POLICIES = {
-    "projections": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # results of matmuls with dense weights
-    "layer": jax.checkpoint_policies.nothing_saveable,
-}
+from llama4_jax.model.remat import rematerialized
 
 
 class DecoderLayer(nn.Module):
@@ -62,8 +57,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, carry: Carry, context: Context) -> tuple[Carry, tuple[RouterStats | None, ...]]:
-        policy = REMAT_POLICIES.get(self.execution.remat)
-        Layer = DecoderLayer if policy is None else nn.remat(DecoderLayer, policy=policy)
+        Layer = rematerialized(DecoderLayer, self.execution.remat)
         x, caches, all_stats = carry.x, [], []
         for j, kind in enumerate(self.config.block_kinds):
             cache = None if carry.keys is None else LayerCache(carry.keys[j], carry.values[j], carry.index)

@@ -18,6 +18,7 @@ from llama4_jax.model.losses import target_log_probs
 from llama4_jax.model.moe import RouterStats
 from llama4_jax.model.norms import RMSNorm
 from llama4_jax.model.transfer import initial_stddev
+from llama4_jax.model.vision import Pixels, VisionTower, fuse, patch_places
 from llama4_jax.parallel.context_parallel import zigzag_of
 
 
@@ -37,7 +38,7 @@ class Output:
 
 
 class Llama4(nn.Module):
-    """A Llama 4 text model: `Llama4(config).apply({"params": params}, tokens) -> Output`.
+    """A Llama 4: `Llama4(config).apply({"params": params}, tokens) -> Output`.
 
     A model with `config.router_bias` is applied to `{"params": params} | model_state`, see init_model_state.
     Inner states come out through `capture_intermediates=True`: layers/layer_j holds the outputs of the layer itself and
@@ -50,6 +51,8 @@ class Llama4(nn.Module):
     def setup(self):
         c = self.config
         self.embed = Embedding(c)
+        if c.vision is not None:
+            self.vision = VisionTower(c.vision, c.hidden_size, self.execution)
         self.layers = scanned_blocks(c, self.execution)
         self.final_norm = RMSNorm(c.norm_eps)
         if not c.tie_embeddings:
@@ -60,12 +63,13 @@ class Llama4(nn.Module):
         tokens: Int[Array, "B T"],
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
-        images: Float[Array, "B I h w 3"] | None = None,
+        images: Pixels | None = None,
         cache: Cache | None = None,
         targets: Int[Array, "B T"] | None = None,
         document_window: int | None = None,
         capacity_factor: float | None = None,
         router_jitter: float = 0.0,
+        last_logits_only: bool = False,
     ) -> Output:
         """One forward pass.
 
@@ -74,32 +78,40 @@ class Llama4(nn.Module):
             positions: of each token in its document; None counts from each document's start, or goes on from the cache.
             segment_ids: the document of each token, 0 for padding; None: one document a row. With a cache, a row is one
                 document, and 0 marks its padding.
-            images: tile slots; not supported yet.
+            images: tile slots [B, I, h, w, 3], pixels in [-1, 1] or bytes; a row's patch tokens take its tiles in turn, and
+                slots after them are padding. None: a patch token is a token like any other.
             cache: what was read before. The tokens are added to it.
             targets: return their log-probabilities instead of logits.
             document_window: the packer's promise, see `Batch.document_window`.
             capacity_factor: drop what is beyond an expert's capacity; None drops nothing. See moe.within_capacity.
             router_jitter: noise on what the router reads, see ObjectiveConfig; needs `rngs={"jitter": key}`.
+            last_logits_only: of the last place alone, [B, 1, V]: all that decoding needs of a prompt.
 
         Raises:
             UserError: the model has a router bias and was given none.
         """
-        if images is not None:
-            raise NotImplementedError("images: this version reads text only")
+        if images is not None and self.config.vision is None:
+            raise UserError("this model has no vision tower, and was given images")
         if self.config.router_bias and "router_bias" not in self.variables and not self.is_initializing():
             raise UserError("this model has a router bias: give it model_state (of TrainState, or init_model_state) too")
         dtype = jnp.dtype(self.execution.compute_dtype)
+        places = None if images is None else patch_places(tokens, self.config.vision.patch_token_id)
         zigzag = zigzag_of(self.execution, *tokens.shape) if cache is None else None
         if zigzag is not None:
             if positions is None and segment_ids is None:
                 document_window = self.config.attention_chunk_size  # one document a row begins where the row does
             positions = explicit_positions(tokens.shape, positions, segment_ids)
-            tokens, positions, segment_ids, targets = map(zigzag.arrange, (tokens, positions, segment_ids, targets))
+            tokens, positions, segment_ids, targets, places = map(
+                zigzag.arrange, (tokens, positions, segment_ids, targets, places)
+            )
         context = make_context(self.config, tokens.shape, positions, segment_ids, cache, document_window)
         context = context.replace(zigzag=zigzag, capacity_factor=capacity_factor, router_jitter=router_jitter)
-        x = nn.with_logical_constraint(self.embed(tokens).astype(dtype), ("batch", "seq", "act_embed"))
+        x = self.embed(tokens).astype(dtype)
+        if images is not None:
+            x = fuse(x, self.vision(images), places)
+        x = nn.with_logical_constraint(x, ("batch", "seq", "act_embed"))
         x, cache, stats = run_layers(self.layers, x, context, cache)
-        x = self.final_norm(x)
+        x = self.final_norm(x[:, -1:] if last_logits_only else x)
         head = self.embed.table().T if self.config.tie_embeddings else self.lm_head()
         if targets is not None:
             log_probs = target_log_probs(x, head.astype(dtype), targets, self.execution.loss_block_size)
@@ -139,7 +151,9 @@ class Head(nn.Module):
 
 @partial(jax.jit, static_argnums=0)
 def _init(model: Llama4, key):
-    return model.init(key, jnp.zeros((1, 2), jnp.int32))
+    vision = model.config.vision
+    images = None if vision is None else jnp.zeros((1, 1, vision.image_size, vision.image_size, vision.num_channels))
+    return model.init(key, jnp.zeros((1, 2), jnp.int32), images=images)
 
 
 def init_params(model: Llama4, key: jax.Array) -> dict:

@@ -7,7 +7,7 @@ Llama 4 stays what it is), in depth by CompleteP (arXiv 2505.01618, alpha = 1: r
 is their last projection's deviation and rate by 1 / depth). With m = width / base_width and d = depth / base_depth:
 
     role        parameters                               deviation       Adam's rate
-    table       token embedding, biases, norm scales     1               1
+    table       token embedding, vision, biases, norms   1               1
     matrix      query, key, value, gate, up              m^-1/2          m^-1
     residual    attention output, down                   m^-1/2 d^-1     m^-1 d^-1
     readout     head, router                             m^-1            m^-1
@@ -27,6 +27,7 @@ PyTree = Any
 Role = Literal["table", "matrix", "residual", "readout"]
 
 _ROLES: tuple[tuple[re.Pattern, Role], ...] = (
+    (re.compile(r"^vision/"), "table"),  # its width does not grow with the text model's
     (re.compile(r"(attention/output|down)/kernel$"), "residual"),
     (re.compile(r"(lm_head|router)/kernel$"), "readout"),
     (re.compile(r"kernel$"), "matrix"),

@@ -1,20 +1,23 @@
 """The vision tower of Llama 4: square tiles in, text-wide embeddings out.
 
 A ViT (arXiv 2010.11929) with learned positions, two-dimensional RoPE and the class token at the end, whose patches a pixel
-shuffle (arXiv 1609.05158) merges two by two, an adapter of two layers, and the projection to the text model's width.
+shuffle (arXiv 1609.05158) merges two by two, an adapter of two layers, and the projection to the text model's width. The
+embeddings then take the places of the row's patch tokens (early fusion).
 """
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int, UInt8
 
-from llama4_jax.config import VisionConfig
+from llama4_jax.config import ExecutionConfig, VisionConfig
 from llama4_jax.model.linear import Linear, normal
+from llama4_jax.model.remat import rematerialized
 from llama4_jax.model.rotary import Rotation, rotate
 
 STDDEV = 0.02  # of the linear layers' initialisation
+Pixels = Float[Array, "*B I h w 3"] | UInt8[Array, "*B I h w 3"]  # in [-1, 1], or bytes
 
 
 class VisionTower(nn.Module):
@@ -23,10 +26,12 @@ class VisionTower(nn.Module):
     Attributes:
         config: of the tower, adapter and projector.
         text_size: width of the text model.
+        execution: of the whole model.
     """
 
     config: VisionConfig
     text_size: int
+    execution: ExecutionConfig = ExecutionConfig()
 
     def setup(self):
         c = self.config
@@ -37,7 +42,7 @@ class VisionTower(nn.Module):
         self.position_embedding = self.param("position_embedding", normal(D**-0.5, (None, "embed")), (grid**2 + 1, D))
         self.norm_pre, self.norm_post = layer_norm(c), layer_norm(c)
         self.layers = nn.scan(
-            VisionLayer,
+            rematerialized(VisionLayer, self.execution.remat),
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
             in_axes=nn.broadcast,
@@ -48,8 +53,14 @@ class VisionTower(nn.Module):
         self.adapter_out = Linear((c.adapter_size, c.adapter_size), ("ffn", "embed"), STDDEV)
         self.projector = Linear((c.adapter_size, self.text_size), ("ffn", "embed"), STDDEV)
 
-    def __call__(self, tiles: Float[Array, "I h w 3"]) -> Float[Array, "I P D"]:
-        """P embeddings a tile, row by row: 144 of a published 336-pixel tile. Pixels lie in [-1, 1]."""
+    def __call__(self, tiles: Pixels) -> Float[Array, "*B I P D"]:
+        """P embeddings a tile, row by row: 144 of a published 336-pixel tile."""
+        *leading, height, width, channels = tiles.shape
+        x = self._embed(normalized(tiles).reshape(-1, height, width, channels))
+        return x.reshape(*leading, *x.shape[1:])
+
+    def _embed(self, tiles: Float[Array, "I h w 3"]) -> Float[Array, "I P D"]:
+        tiles = nn.with_logical_constraint(tiles.astype(self.execution.compute_dtype), ("batch", None, None, None))
         x = self.patch_embedding(patches(tiles, self.config.patch_size))  # [I, rows * columns, D]
         class_token = jnp.broadcast_to(self.class_embedding.astype(x.dtype), (x.shape[0], 1, x.shape[-1]))
         x = jnp.concatenate([x, class_token], axis=1) + self.position_embedding.astype(x.dtype)
@@ -79,6 +90,28 @@ class VisionLayer(nn.Module):
         q, k = rotate(self.query(normed), rotation), rotate(self.key(normed), rotation)  # [I, T, N, H]
         x = x + self.output(jax.nn.dot_product_attention(q, k, self.value(normed)))
         return x + self.down(nn.gelu(self.up(self.mlp_norm(x)), approximate=False)), None
+
+
+def normalized(tiles: Pixels) -> Float[Array, "*B I h w 3"]:
+    """Pixels in [-1, 1], as the tower was trained on (mean and deviation 0.5); they are that already unless bytes."""
+    return (tiles.astype(jnp.float32) / 255 - 0.5) / 0.5 if tiles.dtype == jnp.uint8 else tiles
+
+
+def patch_places(tokens: Int[Array, "B T"], patch_token_id: int) -> Int[Array, "B T"]:
+    """Which of its row's patches each token is, from 0; -1 where it is none."""
+    is_patch = tokens == patch_token_id
+    return jnp.where(is_patch, jnp.cumsum(is_patch, axis=1, dtype=jnp.int32) - 1, -1)
+
+
+def fuse(
+    embeddings: Float[Array, "B T D"], images: Float[Array, "B I P D"], places: Int[Array, "B T"]
+) -> Float[Array, "B T D"]:
+    """The embeddings with the row's patches in their places. A place beyond the row's tiles becomes NaN: there is no
+    other way to refuse it inside a compiled function (processing.check_patch_places refuses it before)."""
+    B, _, _, D = images.shape
+    patches = images.reshape(B, -1, D).astype(embeddings.dtype)
+    taken = jnp.take_along_axis(patches, jnp.maximum(places, 0)[..., None], axis=1, mode="fill", fill_value=jnp.nan)
+    return jnp.where(places[..., None] >= 0, taken, embeddings)
 
 
 def layer_norm(config: VisionConfig) -> nn.LayerNorm:
@@ -114,10 +147,3 @@ def pixel_shuffle(x: Float[Array, "I P D"], side: int) -> Float[Array, "I p d"]:
     grid = round(total**0.5)
     x = x.reshape(count, grid // side, side, grid // side, side, channels).swapaxes(2, 3)
     return x.reshape(count, -1, side * side * channels)
-
-
-def abstract_vision_params(tower: VisionTower) -> dict:
-    """The tree of the tower's parameters as ShapeDtypeStructs."""
-    size = tower.config.image_size
-    tiles = jnp.zeros((1, size, size, tower.config.num_channels))
-    return nn.unbox(jax.eval_shape(lambda: tower.init(jax.random.key(0), tiles)["params"]))

@@ -17,16 +17,16 @@ PyTree = Any
 
 # Norm scales and biases have no scale to hold down. The embedding's rows get a gradient only where their token occurs,
 # so decay would pull the rows of rare tokens to zero; OLMo 2 (arXiv 2501.00656) leaves its embeddings undecayed too.
-UNDECAYED = re.compile(r"(^|/)(scale|bias|embedding)$")
+UNDECAYED = re.compile(r"(^|/)(scale|bias|(\w+_)?embedding)$")
 
-# What Muon orthogonalises: the layers' matrices, with their input and output axes counted from the end (the axes before
-# are a stack of matrices: repeated blocks, experts, gate and up). Table, head and router stay with AdamW, as Muon's
+# What Muon orthogonalises: the decoder layers' matrices, with their input and output axes counted from the end (the axes before
+# are a stack of matrices: repeated blocks, experts, gate and up). Table, head, router and vision tower stay with AdamW, as Muon's
 # authors have it (arXiv 2502.16982).
 MATRICES = {
-    re.compile(r"attention/(query|key|value)/kernel$"): ((-3,), (-2, -1)),
-    re.compile(r"attention/output/kernel$"): ((-3, -2), (-1,)),
-    re.compile(r"gate_up/kernel$"): ((-3,), (-1,)),
-    re.compile(r"down/kernel$"): ((-2,), (-1,)),
+    re.compile(r"^layers/.*attention/(query|key|value)/kernel$"): ((-3,), (-2, -1)),
+    re.compile(r"^layers/.*attention/output/kernel$"): ((-3, -2), (-1,)),
+    re.compile(r"^layers/.*gate_up/kernel$"): ((-3,), (-1,)),
+    re.compile(r"^layers/.*down/kernel$"): ((-2,), (-1,)),
 }
 MUON_RMS = 0.2  # root mean square of a Muon update at rate 1, as of AdamW's: one rate serves both. arXiv 2502.16982, 2.2
 

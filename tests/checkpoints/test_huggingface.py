@@ -2,7 +2,6 @@ import dataclasses
 import json
 import os
 import weakref
-from pathlib import Path
 
 import huggingface_hub
 import jax
@@ -12,8 +11,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from llama4_jax.checkpoints import huggingface
-from llama4_jax.checkpoints.huggingface import load_config, load_pretrained, load_vision_tower, save_pretrained
+from llama4_jax.checkpoints import huggingface_writer
+from llama4_jax.checkpoints.load import load_config, load_pretrained
+from llama4_jax.checkpoints.readers import SourceReader
+from llama4_jax.checkpoints.save import save_pretrained
 from llama4_jax.config import ModelConfig, VisionConfig
 from llama4_jax.errors import UserError
 from llama4_jax.model.llama4 import Llama4, abstract_params, init_model_state
@@ -22,6 +23,13 @@ from llama4_jax.model.llama4 import Llama4, abstract_params, init_model_state
 CONFIG = ModelConfig(
     vocab_size=11, hidden_size=6, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=4, num_experts=3, expert_ffn_size=5,
     dense_ffn_size=7, moe_interval=2, nope_interval=2, attention_bias=True, bos_token_id=0, eos_token_ids=(1, 2), pad_token_id=3,
+)  # fmt: skip
+MULTIMODAL = dataclasses.replace(
+    CONFIG,
+    vision=VisionConfig(
+        hidden_size=8, num_layers=2, num_heads=2, mlp_size=32, image_size=8, patch_size=4, adapter_size=5, patch_token_id=9,
+        image_start_token_id=8, image_end_token_id=7,
+    ),
 )  # fmt: skip
 QUERY = "model.layers.1.self_attn.q_proj.weight"
 
@@ -127,25 +135,11 @@ def test_a_parameter_stacked_from_layers_of_two_dtypes_takes_the_wider(folder):
     np.testing.assert_array_equal(kernel[1], wanted[1])
 
 
-def test_rows_of_a_plain_llama_are_put_in_interleaved_order(tmp_path):
-    """Only query and key, and only the rotary halves within each head; the live comparison is in tests/parity."""
-    head_dim, heads, width = 4, 2, 3
-    q = np.arange(heads * head_dim * width, dtype=np.float32).reshape(heads * head_dim, width)
-    tensor = next(t for t in huggingface._tensors(ModelConfig(
-        vocab_size=2, hidden_size=width, num_layers=1, num_heads=heads, num_kv_heads=heads, head_dim=head_dim, moe_interval=0,
-        dense_ffn_size=2,
-    ), plain_llama=True) if t.name.endswith("q_proj.weight"))  # fmt: skip
-    parameter = np.zeros((1, width, heads, head_dim), np.float32)
-    tensor.read_into(parameter, q)
-    np.testing.assert_array_equal(parameter[0, :, 1], q[[4, 6, 5, 7]].T)  # halves (4, 5) and (6, 7) of head 1
-    np.testing.assert_array_equal(tensor.stored_form(parameter), q)
-
-
 # Files
 
 
 def test_a_large_checkpoint_is_split_under_an_index_and_loads_the_same(tmp_path, monkeypatch):
-    monkeypatch.setattr(huggingface, "MAX_SHARD_BYTES", 1000)
+    monkeypatch.setattr(huggingface_writer, "MAX_SHARD_BYTES", 1000)
     save_pretrained(tmp_path / "model", CONFIG, numbered_params(CONFIG))
     files = sorted(tmp_path.glob("model/*.safetensors"))
     assert len(files) > 2 and files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
@@ -157,21 +151,18 @@ def test_a_large_checkpoint_is_split_under_an_index_and_loads_the_same(tmp_path,
     assert_same(load_pretrained(tmp_path / "model")[1], numbered_params(CONFIG))
 
 
-def test_the_text_part_of_a_multimodal_checkpoint_loads_and_the_rest_is_named(folder):
-    def nest(tensors):
-        for name in list(tensors):
-            tensors[f"language_model.{name}"] = tensors.pop(name)
-        tensors["vision_model.class_embedding"] = tensors["multi_modal_projector.linear_1.weight"] = np.zeros(2, np.float32)
-
-    edit_tensors(folder, nest)
-    config = json.loads((folder / "config.json").read_text())
-    vision = {"hidden_size": 1408, "vision_output_dim": 4096, "image_size": 336}
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama4", "text_config": config, "vision_config": vision}))
-    with pytest.warns(UserWarning, match=r"2 vision tensors were not: vision_model\.\* \(1\), multi_modal_projector\.\* \(1\)"):
-        model, params = load_pretrained(folder)
+def test_a_multimodal_checkpoint_loads_whole_or_its_text_alone(tmp_path):
+    params = numbered_params(MULTIMODAL)
+    save_pretrained(tmp_path / "model", MULTIMODAL, params)
+    stored = load_file(tmp_path / "model" / "model.safetensors")
+    assert {name.split(".")[0] for name in stored} == {"language_model", "vision_model", "multi_modal_projector"}
+    patch = stored["vision_model.patch_embedding.linear.weight"]
+    assert patch[5, 2 * 4 * 4 + 3 * 4 + 1] == params["vision"]["patch_embedding"]["kernel"][3, 1, 2, 5]  # channel, row, column
+    assert load_config(tmp_path / "model") == MULTIMODAL
+    assert_same(load_pretrained(tmp_path / "model")[1], params)
+    model, text = load_pretrained(tmp_path / "model", text_only=True)
     assert model.config == CONFIG
-    assert load_config(folder).vision == VisionConfig()
-    assert_same(params, numbered_params(CONFIG))
+    assert_same(text, {name: tree for name, tree in params.items() if name != "vision"})
 
 
 def test_stored_rotary_frequencies_and_a_repeated_tied_head_are_ignored(folder):
@@ -225,7 +216,7 @@ def test_a_folder_without_weights_or_config_and_no_folder_at_all_are_named(folde
     refused(folder, "holds neither model.safetensors nor model.safetensors.index.json")
     (folder / "config.json").unlink()
     refused(folder, "config.json: no such file")
-    refused(tmp_path / "nowhere", "nowhere: no such folder")
+    refused(tmp_path / "nowhere", "nowhere: no such file or folder")
     refused(folder / "generation_config.json", "is a file; give the folder")
 
 
@@ -256,14 +247,12 @@ def test_a_wrong_index_is_named(folder, weight_map, words):
     refused(folder, words)
 
 
-def test_a_text_checkpoint_has_no_vision_tower_and_a_multimodal_one_must_have_all_of_it(folder):
-    with pytest.raises(UserError, match=r"config\.json: describes a text model"):
-        load_vision_tower(folder)
+def test_a_multimodal_configuration_must_have_all_of_its_tower(folder):
     text = json.loads((folder / "config.json").read_text())
     vision = {"hidden_size": 1408, "vision_output_dim": 4096, "image_size": 336}
     (folder / "config.json").write_text(json.dumps({"model_type": "llama4", "text_config": text, "vision_config": vision}))
-    with pytest.raises(UserError, match=r"tensor vision_model\.patch_embedding\.linear\.weight is missing \(and"):
-        load_vision_tower(folder)
+    refused(folder, "tensor vision_model.patch_embedding.linear.weight is missing (and")
+    assert load_pretrained(folder, text_only=True)[0].config == CONFIG
 
 
 def test_an_unreachable_hub_is_one_line(monkeypatch, folder):
@@ -329,13 +318,6 @@ def test_a_router_bias_is_refused_by_name_unless_zero_or_dropped(tmp_path):
         assert (tmp_path / "dropped" / name).read_bytes() == (tmp_path / "never" / name).read_bytes()
 
 
-def test_a_vision_tower_that_is_not_written_is_said(tmp_path):
-    config = ModelConfig(**vars(CONFIG) | {"vision": VisionConfig()})
-    with pytest.warns(UserWarning, match="only the text model is written"):
-        save_pretrained(tmp_path / "model", config, numbered_params(CONFIG))
-    assert load_config(tmp_path / "model") == CONFIG
-
-
 def test_a_folder_in_use_is_left_alone_and_an_empty_one_is_taken(tmp_path):
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "notes.txt").write_text("mine")
@@ -349,11 +331,15 @@ def test_a_folder_in_use_is_left_alone_and_an_empty_one_is_taken(tmp_path):
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 def test_an_interrupted_save_leaves_nothing_that_looks_whole(tmp_path, monkeypatch, error):
-    def half_a_file(tensors, path, metadata):
-        Path(path).write_bytes(b"half")
-        raise error
+    write, writes = os.pwrite, []
 
-    monkeypatch.setattr(huggingface, "save_file", half_a_file)
+    def fail_halfway(descriptor, content, offset):
+        writes.append(len(content))
+        if len(writes) > 10:
+            raise error
+        return write(descriptor, content, offset)
+
+    monkeypatch.setattr(os, "pwrite", fail_halfway)
     with pytest.raises(UserError if isinstance(error, OSError) else KeyboardInterrupt) as raised:
         save_pretrained(tmp_path / "model", CONFIG, numbered_params(CONFIG))
     if isinstance(error, OSError):
@@ -370,18 +356,18 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
 def test_reading_holds_one_tensor_beside_the_result(folder, monkeypatch):
     """By counting what is alive: each tensor is dropped before the next is read."""
     alive, most = weakref.WeakSet(), 0
-    read = huggingface._Stored.read
+    read = SourceReader.read
 
     class Tracked(np.ndarray):
         __hash__ = object.__hash__
 
-    def tracked(self):
+    def tracked(self, *args):
         nonlocal most
-        array = read(self).view(Tracked)
+        array = read(self, *args).view(Tracked)
         alive.add(array)
         most = max(most, len(alive))
         return array
 
-    monkeypatch.setattr(huggingface._Stored, "read", tracked)
+    monkeypatch.setattr(SourceReader, "read", tracked)
     load_pretrained(folder)
     assert most == 1

@@ -1,12 +1,13 @@
 """Properties of the vision tower's parts; the whole is compared with transformers in tests/parity."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from llama4_jax.config import VisionConfig
-from llama4_jax.model.vision import VisionTower, abstract_vision_params, patch_rotation, patches, pixel_shuffle
+from llama4_jax.model.vision import VisionTower, normalized, patch_places, patch_rotation, patches, pixel_shuffle
 
 CONFIG = VisionConfig(hidden_size=16, num_layers=2, num_heads=2, mlp_size=64, image_size=12, patch_size=3, adapter_size=10)
 TOWER = VisionTower(CONFIG, text_size=6)
@@ -15,7 +16,8 @@ TOWER = VisionTower(CONFIG, text_size=6)
 @pytest.fixture(scope="module")
 def params():
     random = np.random.default_rng(0)
-    return jax.tree.map(lambda leaf: jnp.asarray(random.normal(0, 0.3, leaf.shape), jnp.float32), abstract_vision_params(TOWER))
+    abstract = nn.unbox(jax.eval_shape(TOWER.init, jax.random.key(0), jnp.zeros((1, 12, 12, 3)))["params"])
+    return jax.tree.map(lambda leaf: jnp.asarray(random.normal(0, 0.3, leaf.shape), jnp.float32), abstract)
 
 
 @jax.jit
@@ -62,3 +64,15 @@ def test_every_parameter_matters(params):
         name = jax.tree_util.keystr(path)
         # A key bias shifts a row of scores by a constant, unless RoPE turns it: here it does.
         assert np.all(np.isfinite(grad)) and np.any(grad != 0), name
+
+
+def test_bytes_are_the_pixels_that_the_tower_was_trained_on():
+    tiles = np.arange(768, dtype=np.uint16).astype(np.uint8).reshape(1, 16, 16, 3)  # each value three times
+    np.testing.assert_allclose(normalized(jnp.asarray(tiles)), (tiles / 255 - 0.5) / 0.5, atol=1e-7)
+    floats = jnp.linspace(-1, 1, 12).reshape(1, 2, 2, 3)
+    np.testing.assert_array_equal(normalized(floats), floats)
+
+
+def test_patch_tokens_are_counted_row_by_row():
+    tokens = jnp.array([[9, 1, 9, 9, 2], [1, 2, 3, 4, 9]])
+    np.testing.assert_array_equal(patch_places(tokens, 9), [[0, -1, 1, 2, -1], [-1, -1, -1, -1, 0]])

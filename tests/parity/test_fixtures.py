@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from llama4_jax.checkpoints.huggingface import load_config, load_pretrained, save_pretrained
+from llama4_jax.checkpoints.load import load_config, load_pretrained
+from llama4_jax.checkpoints.save import save_pretrained
 from llama4_jax.model.cache import Cache
 
 FIXTURES = Path(__file__).parent / "fixtures"

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from llama4_jax.checkpoints.huggingface import save_pretrained
+from llama4_jax.checkpoints.save import save_pretrained
 from llama4_jax.config import AttentionTemperature, MeshConfig, ModelConfig, ObjectiveConfig, OptimizerConfig
 from llama4_jax.data.batch import Batch
 from llama4_jax.model.llama4 import Llama4

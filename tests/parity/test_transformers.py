@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, Phase, assume, given, note, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from llama4_jax.checkpoints.huggingface import load_pretrained, load_vision_tower, save_pretrained
+from llama4_jax.checkpoints.load import load_pretrained
+from llama4_jax.checkpoints.save import save_pretrained
 from llama4_jax.config import AttentionTemperature, ModelConfig, RopeScaling
 from llama4_jax.model.llama4 import Llama4, abstract_params
 
@@ -249,30 +250,54 @@ def test_any_dense_llama_loads_as_the_same_function(
     assert_close(our_logits(our_model, params, jnp.asarray(tokens)), wanted, 2e-5, "logits")
 
 
-def test_the_vision_tower_of_a_multimodal_checkpoint_is_the_same_function(tmp_path):
-    vision = dict(
-        hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64, vision_output_dim=10, image_size=24,
-        patch_size=4, projector_input_dim=10, projector_output_dim=10, rope_parameters=dict(rope_type="default", rope_theta=1e4),
-    )  # fmt: skip
-    text = dict(
-        vocab_size=61, hidden_size=12, intermediate_size=12, intermediate_size_mlp=20, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=4, num_local_experts=2,
-    )  # fmt: skip
-    config = transformers.Llama4Config(text_config=text, vision_config=vision)
+VISION = dict(
+    hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64, vision_output_dim=10, image_size=24,
+    patch_size=4, projector_input_dim=10, projector_output_dim=10, rope_parameters=dict(rope_type="default", rope_theta=1e4),
+)  # fmt: skip
+TEXT = dict(
+    vocab_size=61, hidden_size=12, intermediate_size=12, intermediate_size_mlp=20, num_hidden_layers=2, num_attention_heads=2,
+    num_key_value_heads=1, head_dim=4, num_local_experts=2,
+)  # fmt: skip
+PATCH, TILES = 60, 3  # the last token; and tiles of the first row, one of the second
+
+
+def multimodal_input():
+    """Tokens with patch places, nine for each tile, and tiles as transformers and as we take them."""
+    random = np.random.default_rng(0)
+    tokens = random.integers(0, PATCH, (2, T + 9))
+    tokens[0, 5 : 5 + 18] = tokens[0, 25 : 25 + 9] = tokens[1, 2 : 2 + 9] = PATCH
+    tiles = random.uniform(-1, 1, (TILES + 1, 24, 24, 3)).astype(np.float32)
+    rows = np.zeros((2, TILES, 24, 24, 3), np.float32)
+    rows[0], rows[1, :1] = tiles[:TILES], tiles[TILES:]
+    return tokens, torch.from_numpy(tiles.transpose(0, 3, 1, 2).copy()), jnp.asarray(rows)
+
+
+def assert_same_multimodal_logits(theirs, our_model, params):
+    tokens, pixels, images = multimodal_input()
+    with torch.no_grad():
+        wanted = theirs(input_ids=torch.from_numpy(tokens), pixel_values=pixels, use_cache=False).logits.numpy()
+    ours = jax.jit(lambda params: our_model.apply({"params": params}, jnp.asarray(tokens), images=images).logits)(params)
+    assert_close(ours, wanted, 2e-5, "logits")
+
+
+def test_a_multimodal_model_is_the_same_function_both_ways(tmp_path):
+    config = transformers.Llama4Config(text_config=TEXT, vision_config=VISION, image_token_index=PATCH)
     model = transformers.Llama4ForConditionalGeneration(config).float().eval()
     randomise(model, 0)
-    model.save_pretrained(tmp_path)
-    tiles = np.random.default_rng(0).uniform(-1, 1, (3, 24, 24, 3)).astype(np.float32)
-    with torch.no_grad():
-        hidden = model.vision_model(torch.from_numpy(tiles.transpose(0, 3, 1, 2).copy())).last_hidden_state
-        wanted = model.multi_modal_projector(hidden).numpy()
+    model.save_pretrained(tmp_path / "theirs")
+    our_model, params = load_pretrained(tmp_path / "theirs")
+    assert our_model.config.vision.patch_token_id == PATCH
+    assert_same_multimodal_logits(model, our_model, params)
 
-    tower, params = load_vision_tower(tmp_path)
-    features = jax.jit(lambda params, tiles: tower.apply({"params": params}, tiles))(params, tiles)
-    assert_close(features, wanted, 2e-5, "features")
+    save_pretrained(tmp_path / "ours", our_model.config, params)
+    again, report = transformers.Llama4ForConditionalGeneration.from_pretrained(
+        tmp_path / "ours", dtype="auto", attn_implementation="eager", output_loading_info=True
+    )
+    assert not any(report.values()), report
+    assert (again.config.image_token_index, again.config.boi_token_index) == (PATCH, config.boi_token_index)
+    for name, tensor in model.state_dict().items():
+        np.testing.assert_array_equal(again.state_dict()[name], tensor, err_msg=name)
+    assert_same_multimodal_logits(again, our_model, params)
 
-    with pytest.warns(UserWarning, match="vision tensors were not"):
-        our_model, params = load_pretrained(tmp_path)  # and its text part is the text model
-    tokens = np.random.default_rng(1).integers(0, 61, (2, T))
-    wanted, _, _ = theirs(model, tokens)
-    assert_close(our_logits(our_model, params, jnp.asarray(tokens)), wanted, 2e-5, "logits")
+    text_model, text_params = load_pretrained(tmp_path / "theirs", text_only=True)
+    assert text_model.config.vision is None and text_params.keys() == params.keys() - {"vision"}
