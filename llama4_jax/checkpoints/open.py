@@ -16,8 +16,11 @@ def open_checkpoint(path: str | os.PathLike) -> CheckpointReader:
         UserError: there is none, or it is of no known format, or damaged.
     """
     from llama4_jax.checkpoints.huggingface_reader import HuggingFaceReader
+    from llama4_jax.checkpoints.meta_reader import MetaReader, is_consolidated
 
     path = local_path(path, HUB_PATTERNS)
     if path.is_file():
         raise UserError(f"{path} is a file; give the folder that holds it")
+    if is_consolidated(path):
+        return MetaReader(path)
     return HuggingFaceReader(path)
