@@ -266,11 +266,12 @@ class MeshConfig:
 
 @dataclasses.dataclass
 class DataConfig:
-    """Text in, batches out.
+    """Text, or conversations with pictures, in; batches out.
 
     A source is a file or a folder, here or behind a URL such as gs://, s3:// or hf://, or `python:stdlib`: the help topics and
     the standard library's source that the running Python carries. Files are .txt, .md, .py (one document each), .jsonl,
-    .jsonl.gz, .jsonl.zst (one a line), .parquet (one a row) and .array_record (one a record).
+    .jsonl.gz, .jsonl.zst (one a line), .parquet (one a row) and .array_record (one a record). With format=chat, files of JSON
+    lines hold a conversation each: see data/README.md.
     """
 
     sources: tuple[str, ...] = ()
@@ -281,15 +282,30 @@ class DataConfig:
     heldout_fraction: float = 0.05  # of the bytes, when heldout_sources is empty
     text_field: str = "text"  # of a record
     deduplicate: bool = True  # drop near-duplicate documents before the split
-    tokenizer: str = "bpe"  # `bpe` trains one on the training documents; a tokenizer.json or .model; `llama4`: llama-models'
+    tokenizer: str = "bpe"  # `bpe` trains one on the training documents; a tokenizer.json or .model; `llama4`: llama-models';
+    # chat: or the folder of a checkpoint, with its chat template
     tokenizer_ranks: int | None = None  # keep these first ranks of a tokenizer.model, for small models
     prepared: str | None = None  # a folder that llama4_jax.prepare made: read it; `sources` are compared with it if given
     sequence_length: int = 512  # T
     batch_size: int = 16  # B, over all devices and processes
     shuffle_seed: int = 0
+    format: Literal["text", "chat"] = "text"
+    # With format=chat:
+    loss_on: Literal["assistant", "last", "all"] = "assistant"  # which tokens count: the assistant's turns, its last one, all
+    image_slots: int = 0  # I, image tiles that a row has room for, global tiles included
+    image_tiles: int = 16  # of a picture at most, beside its global tile
+    bad_images: Literal["fail", "skip"] = (
+        "fail"  # a picture that cannot be read stops the run, or only its conversation is left out
+    )
 
     def __post_init__(self):
-        _require_positive(self, "sequence_length", "batch_size")
+        _require_choices(self)
+        _require_positive(self, "sequence_length", "batch_size", "image_tiles")
+        _require(self.image_slots >= 0, f"DataConfig.image_slots must be 0 or more, got {self.image_slots}")
+        _require(
+            self.format == "text" or self.prepared is None,
+            f"DataConfig.prepared={self.prepared} holds text; conversations are read from `sources`",
+        )
         _require(
             0 < self.heldout_fraction < 1, f"DataConfig.heldout_fraction must lie between 0 and 1, got {self.heldout_fraction}"
         )

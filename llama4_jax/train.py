@@ -48,19 +48,13 @@ def print_summary(result, workdir: str) -> None:
 
 def print_sample(result, prompt: str, seed: int) -> None:
     """A continuation by the trained model."""
-    from llama4_jax.inference.sampling import generate_text
+    from llama4_jax.inference.generator import Generator, Limits, Sampling
+    from llama4_jax.processing.processor import Processor
 
-    text = generate_text(
-        result.model,
-        result.state.params,
-        result.corpus.tokenizer,
-        prompt,
-        max_new_tokens=96,
-        temperature=0.7,
-        seed=seed,
-        model_state=result.state.model_state,
-    )
-    print(f"--- a sample that goes on from {prompt!r}\n{prompt}{text}")
+    processor = Processor(result.corpus.tokenizer, result.model.config)
+    generator = Generator(result.model, result.state.params, processor, model_state=result.state.model_state)
+    (sample,) = generator.complete([prompt], Sampling(temperature=0.7), Limits(max_new_tokens=96), seed=seed)
+    print(f"--- a sample that goes on from {prompt!r}\n{prompt}{sample.text}")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import flax.struct
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt8
 
 
 @flax.struct.dataclass
@@ -27,6 +27,6 @@ class Batch:
     loss_weights: Float[Array | np.ndarray, "B T"]
     positions: Int[Array | np.ndarray, "B T"]
     segment_ids: Int[Array | np.ndarray, "B T"]
-    images: Float[Array | np.ndarray, "B I h w 3"] | None = None
+    images: UInt8[Array | np.ndarray, "B I h w 3"] | Float[Array | np.ndarray, "B I h w 3"] | None = None
     source_ids: Int[Array | np.ndarray, "B T"] | None = None
     document_window: int | None = flax.struct.field(pytree_node=False, default=None)

@@ -27,6 +27,7 @@ from llama4_jax.data.row_streams import StreamedRows
 from llama4_jax.data.shards import HELDOUT_TEXT, TOKENIZER_FILE, load_shards
 from llama4_jax.data.sources import Document, read_source
 from llama4_jax.errors import UserError
+from llama4_jax.processing.processor import Processor
 from llama4_jax.processing.tokenizer import Tokenizer
 
 _FORMAT = 1  # rises when the same input would give other rows
@@ -45,6 +46,7 @@ class CorpusCounts:
     heldout_tokens: int
     train_padding_share: float
     heldout_padding_share: float
+    skipped: int = 0  # conversations too large for a row, or with a picture that cannot be read
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -56,10 +58,11 @@ class Corpus:
     counts: CorpusCounts
     fingerprint: str  # of everything that decides the rows; equal fingerprints, equal rows
     directory: Path
+    processor: Processor | None = None  # of conversations
 
     @property
     def heldout_bytes(self) -> int:
-        """UTF-8 bytes of all held-out documents: what bits per byte divides by."""
+        """UTF-8 bytes of all held-out documents, of conversations what counts: what bits per byte divides by."""
         return self.counts.heldout_bytes
 
     def heldout_text(self) -> bytes:
@@ -82,7 +85,7 @@ class _SourceText:
         return {"source": self.spec} | digest.summary()
 
 
-def prepare_corpus(
+def prepare_text(
     config: DataConfig, *, vocab_size: int, document_window: int | None, cache_dir: Path, progress: bool = True
 ) -> Corpus:
     """Reads, deduplicates, splits, tokenizes and packs the data of `config`, or loads what `cache_dir` keeps of that.
@@ -255,7 +258,7 @@ def _load(config: DataConfig, directory: Path, inputs: dict) -> Corpus:
         text = (directory / _MANIFEST).read_text(encoding="utf-8")
         manifest = json.loads(text)
         counts = CorpusCounts(**manifest["counts"])
-        _require_same_inputs(manifest["inputs"], inputs, directory)
+        require_same_inputs(manifest["inputs"], inputs, directory)
         for name, content in manifest["files"].items():
             if hash_file(directory / name) != content:
                 raise UserError(f"the prepared data file {directory / name} is damaged: delete {directory} to make it anew")
@@ -266,7 +269,7 @@ def _load(config: DataConfig, directory: Path, inputs: dict) -> Corpus:
             f"the prepared data in {directory} are damaged ({error}): delete that folder to make them anew"
         ) from None
     rows = {name: _load_rows(directory, name, inputs) for name in ("train", "heldout")}
-    decisive = json.dumps([_without_paths(manifest["inputs"]), manifest["files"]], sort_keys=True)
+    decisive = json.dumps([without_paths(manifest["inputs"]), manifest["files"]], sort_keys=True)
     return Corpus(
         tokenizer=Tokenizer.load(directory / TOKENIZER_FILE),
         sources=config.sources,
@@ -278,9 +281,9 @@ def _load(config: DataConfig, directory: Path, inputs: dict) -> Corpus:
     )
 
 
-def _require_same_inputs(then: dict, now: dict, directory: Path) -> None:
+def require_same_inputs(then: dict, now: dict, directory: Path) -> None:
     """Raises UserError that names each input that differs. Where a source lies does not matter, what it holds does."""
-    old, new = _without_paths(then), _without_paths(now)
+    old, new = without_paths(then), without_paths(now)
     changes = []
     for key in sorted({*old, *new}):
         if old.get(key) == new.get(key):
@@ -296,7 +299,7 @@ def _require_same_inputs(then: dict, now: dict, directory: Path) -> None:
         )
 
 
-def _without_paths(inputs: dict) -> dict:
+def without_paths(inputs: dict) -> dict:
     def contents(sources):
         return [source["content"] for source in sources]
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
-from jaxtyping import Int, Integer
+from jaxtyping import Bool, Float, Int, Integer, UInt8
 
 from llama4_jax.data.batch import Batch
 
@@ -22,9 +22,24 @@ class Documents(Protocol):
 
     lengths: Integer[np.ndarray, "documents"]
     sources: Int[np.ndarray, "documents"]  # index of the data source of each
+    extras: "Extras | None"  # None: text alone, of which every token counts
 
     def read(self, documents: Int[np.ndarray, "n"]) -> list[Integer[np.ndarray, "tokens"]]:
         """The ids of these documents."""
+
+
+class Extras(Protocol):
+    """What documents have beside their ids. Such documents are at most T + 1 tokens long, so they are never cut."""
+
+    image_slots: int  # I, tiles that a row has room for
+    tile_shape: tuple[int, int, int]  # h, w, 3
+    tiles: Int[np.ndarray, "documents"]  # of each document; at most image_slots
+
+    def counted(self, documents: Int[np.ndarray, "n"]) -> list[Bool[np.ndarray, "tokens"]]:
+        """Of each id of these documents, whether its prediction counts."""
+
+    def images(self, documents: Int[np.ndarray, "n"]) -> list[UInt8[np.ndarray, "i h w 3"] | None]:
+        """The tiles of these documents; None for one that is to be left out after all."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -34,6 +49,7 @@ class TokenizedDocuments:
     ids: Integer[np.ndarray, "tokens"]
     starts: Int[np.ndarray, "documents+1"]
     sources: Int[np.ndarray, "documents"]
+    extras: Extras | None = None
 
     @property
     def lengths(self) -> Int[np.ndarray, "documents"]:
@@ -56,6 +72,35 @@ class PackingPlan:
     def pieces(self, first: int, end: int) -> "PackingPlan":
         """The plan of these pieces alone."""
         return PackingPlan(*(getattr(self, field.name)[first:end] for field in dataclasses.fields(self)))
+
+
+def plan_rows(
+    documents: Documents, chosen: Int[np.ndarray, "n"], sequence_length: int, document_window: int | None = None
+) -> PackingPlan:
+    """Plans rows for the chosen documents. No row has more tiles than there are slots for."""
+    if documents.extras is None:
+        plan = plan_packing(documents.lengths[chosen], sequence_length, document_window)
+        return dataclasses.replace(plan, document=chosen[plan.document])
+    plans, num_rows = [], 0
+    while not plans or len(chosen):
+        plan = plan_packing(documents.lengths[chosen], sequence_length, document_window)
+        plan = dataclasses.replace(plan, document=chosen[plan.document], row=plan.row + num_rows)
+        stays = _within_slots(plan.row, documents.extras.tiles[plan.document], documents.extras.image_slots)
+        plans.append(PackingPlan(*(getattr(plan, field.name)[stays] for field in dataclasses.fields(plan))))
+        num_rows = int(plan.row.max(initial=num_rows - 1)) + 1
+        chosen = np.sort(plan.document[~stays])  # what a row has no slots for goes to rows of its own
+    return PackingPlan(*(np.concatenate([getattr(p, f.name) for p in plans]) for f in dataclasses.fields(PackingPlan)))
+
+
+def _within_slots(row: Int[np.ndarray, "n"], tiles: Int[np.ndarray, "n"], slots: int) -> Bool[np.ndarray, "n"]:
+    """Which pieces of each row stay, the first ones first, so that their tiles are at most `slots`. One of each row does."""
+    stays, used, last = np.ones(len(row), bool), 0, -1
+    for i in np.flatnonzero(tiles):
+        used = used if row[i] == last else 0
+        last = row[i]
+        stays[i] = used + tiles[i] <= slots
+        used += int(tiles[i]) if stays[i] else 0
+    return stays
 
 
 def plan_packing(
@@ -172,6 +217,7 @@ def read_rows(
     """The batch of these rows, each given by its pieces; empty rows after them up to `batch_size`."""
     shape = (len(rows) if batch_size is None else batch_size, sequence_length)
     tokens, targets, positions, segments, sources = (np.zeros(shape, np.int32) for _ in range(5))
+    weights = np.zeros(shape, np.float32)
     pieces = [
         (place, segment, row, piece) for place, row in enumerate(rows) for segment, piece in enumerate(range(len(row.row)), 1)
     ]
@@ -183,16 +229,40 @@ def read_rows(
         targets[here] = ids[start + 1 : start + 1 + length]
         positions[here] = np.arange(length)
         segments[here] = segment
+        weights[here] = 1
         sources[here] = documents.sources[row.document[piece]]
+    images = None if documents.extras is None else _add_extras(documents.extras, rows, weights)
     return Batch(
         tokens=tokens,
         targets=targets,
-        loss_weights=(segments > 0).astype(np.float32),
+        loss_weights=weights,
         positions=positions,
         segment_ids=segments,
+        images=images,
         source_ids=sources,
         document_window=document_window,
     )
+
+
+def _add_extras(
+    extras: Extras, rows: Sequence[PackingPlan], weights: Float[np.ndarray, "B T"]
+) -> UInt8[np.ndarray, "B I h w 3"] | None:
+    """The tiles of the rows, and in `weights` what counts."""
+    documents = np.concatenate([row.document for row in rows]) if rows else np.zeros(0, np.int64)
+    counted, images = extras.counted(documents), extras.images(documents)
+    batch, piece = None, 0
+    if extras.image_slots:
+        batch = np.zeros((len(weights), extras.image_slots, *extras.tile_shape), np.uint8)
+    for place, row in enumerate(rows):
+        slot = 0
+        for offset, length in zip(row.offset, row.length, strict=True):
+            here, tiles = weights[place, offset : offset + length], images[piece]
+            here[:] = 0 if tiles is None else counted[piece][1 : 1 + length]
+            num_tiles = int(extras.tiles[documents[piece]])
+            if num_tiles and tiles is not None:
+                batch[place, slot : slot + num_tiles] = tiles
+            slot, piece = slot + num_tiles, piece + 1
+    return batch
 
 
 def check_windows(segment_ids: Int[np.ndarray, "B T"], document_window: int | None) -> None:

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import grain
 import numpy as np
 
-from llama4_jax.config import DataConfig
+from llama4_jax.config import DataConfig, ModelConfig
 from llama4_jax.data.batch import Batch
-from llama4_jax.data.corpus import Corpus, CorpusCounts, prepare_corpus
+from llama4_jax.data.conversations import prepare_conversations
+from llama4_jax.data.corpus import Corpus, CorpusCounts, prepare_text
 from llama4_jax.data.mixture import Interleave
 from llama4_jax.data.packing import PackingPlan, read_rows
 from llama4_jax.data.row_streams import RowStream, StreamedPool, StreamedRows, WholePool
@@ -24,6 +26,24 @@ from llama4_jax.errors import UserError
 __all__ = ["Corpus", "CorpusCounts", "TrainBatches", "heldout_batches", "prepare_corpus", "train_batches"]
 
 _PREFETCHED = 4  # batches, by a thread: the tokens are read and unpacked outside of Python's lock
+
+
+def prepare_corpus(
+    config: DataConfig,
+    *,
+    vocab_size: int,
+    document_window: int | None,
+    cache_dir: Path,
+    model: ModelConfig | None = None,
+    progress: bool = True,
+) -> Corpus:
+    """The corpus that `config` names: prepare_text's, or with format=chat prepare_conversations', which asks for the `model`."""
+    options = {"document_window": document_window, "cache_dir": Path(cache_dir), "progress": progress}
+    if config.format == "text":
+        return prepare_text(config, vocab_size=vocab_size, **options)
+    if model is None:
+        raise UserError("DataConfig.format=chat needs the model's configuration: prepare_corpus(..., model=config)")
+    return prepare_conversations(config, model=model, **options)
 
 
 class TrainBatches:

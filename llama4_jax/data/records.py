@@ -8,7 +8,7 @@ import gzip
 import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from llama4_jax.data import tf_example
 from llama4_jax.errors import UserError
@@ -30,36 +30,41 @@ def read_text(file: BinaryIO, place: str, text_field: str) -> Texts:
 
 
 def read_json_lines(lines: Iterable[bytes], place: str, text_field: str) -> Texts:
-    """A JSON object a line; empty lines are skipped but counted."""
+    """A field of the JSON object on each line."""
+    for number, record in json_records(lines, place):
+        text = record.get(text_field) if isinstance(record, dict) else None
+        yield number, _require_text(text, text_field, f"{place}, line {number}")
+
+
+def json_records(lines: Iterable[bytes], place: str) -> Iterator[tuple[int, Any]]:
+    """The JSON on each line, with its number; empty lines are skipped but counted."""
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         here = f"{place}, line {number}"
         content = _decode(line, here)
         try:
-            record = json.loads(content)
+            yield number, json.loads(content)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{here} is not JSON: {error}") from None
-        yield number, _require_text(record.get(text_field) if isinstance(record, dict) else None, text_field, here)
 
 
-def read_gzip_json_lines(file: BinaryIO, place: str, text_field: str) -> Texts:
-    """JSON lines under gzip."""
+def _gzip_lines(file: BinaryIO, place: str) -> Iterator[bytes]:
     try:
         with gzip.open(file) as lines:
-            yield from read_json_lines(lines, place, text_field)
+            yield from lines
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{place} is damaged: {error}") from None
 
 
-def read_zstd_json_lines(file: BinaryIO, place: str, text_field: str) -> Texts:
-    """JSON lines under Zstandard, in any number of frames."""
+def _zstd_lines(file: BinaryIO, place: str) -> Iterator[bytes]:
+    """Of any number of frames."""
     try:
         import zstandard
     except ImportError:
         raise UserError(f"{place} needs zstandard: pip install 'llama4-jax[data]'") from None
     try:
-        yield from read_json_lines(_lines(_zstd_chunks(file, zstandard, place)), place, text_field)
+        yield from _lines(_zstd_chunks(file, zstandard, place))
     except zstandard.ZstdError as error:
         raise UserError(f"{place} is damaged: {error}") from None
 
@@ -141,14 +146,24 @@ def read_array_record(file: BinaryIO, place: str, text_field: str) -> Texts:
         raise UserError(f"{place} is damaged: {' '.join(str(error).split())}") from None
 
 
+# The lines of a file of JSON lines, by its suffix, from the open file and what messages call it.
+LINES: dict[str, Callable[[BinaryIO, str], Iterable[bytes]]] = {
+    ".jsonl": lambda file, place: file,
+    ".jsonl.gz": _gzip_lines,
+    ".jsonl.zst": _zstd_lines,
+}
+
+
+def _json_lines_reader(suffix: str) -> Callable[[BinaryIO, str, str], Texts]:
+    return lambda file, place, text_field: read_json_lines(LINES[suffix](file, place), place, text_field)
+
+
 # A longer suffix before those that it ends in.
 READERS: dict[str, Callable[[BinaryIO, str, str], Texts]] = {
     ".txt": read_text,
     ".md": read_text,
     ".py": read_text,
-    ".jsonl": read_json_lines,
-    ".jsonl.gz": read_gzip_json_lines,
-    ".jsonl.zst": read_zstd_json_lines,
+    **{suffix: _json_lines_reader(suffix) for suffix in LINES},
     ".parquet": read_parquet,
     ".array_record": read_array_record,
 }

@@ -14,7 +14,7 @@ import numpy as np
 from grain.experimental import index_shuffle
 from jaxtyping import Int
 
-from llama4_jax.data.packing import Documents, PackedRows, PackingPlan, plan_packing
+from llama4_jax.data.packing import Documents, PackedRows, PackingPlan, plan_rows
 
 _LISTED = 1 << 16
 _WINDOW_TOKENS = 1 << 24
@@ -87,8 +87,7 @@ class StreamedRows:
 
     def pack(self, documents: Int[np.ndarray, "n"]) -> PackedRows:
         """Rows of these documents."""
-        plan = plan_packing(self.documents.lengths[documents], self.sequence_length, self.document_window)
-        plan = PackingPlan(documents[plan.document], plan.start, plan.length, plan.row, plan.offset)
+        plan = plan_rows(self.documents, documents, self.sequence_length, self.document_window)
         return PackedRows(self.documents, plan, self.sequence_length, self.document_window)
 
     @property

@@ -92,6 +92,7 @@ class ShardedDocuments:
         self._starts = np.cumsum([0, *counts])
         self.lengths = np.concatenate([np.zeros(0, np.uint32), *lengths])
         self.sources = np.repeat(np.array([shard["source"] for shard in shards.values()], np.int32), counts)
+        self.extras = None
         self._reader = functools.lru_cache(_OPEN_READERS)(self._open)
         self._read_long = functools.lru_cache(16)(lambda document: self._read_from_shards(np.array([document]))[0])
 

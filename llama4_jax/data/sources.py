@@ -6,10 +6,10 @@ import functools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from llama4_jax.data.python_corpus import python_documents
-from llama4_jax.data.records import READERS, suffix_of
+from llama4_jax.data.records import LINES, READERS, json_records, suffix_of
 from llama4_jax.errors import UserError
 
 PYTHON_STDLIB = "python:stdlib"
@@ -22,6 +22,16 @@ class Document:
 
     name: str
     text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """The JSON on one line of a file."""
+
+    name: str  # within its source, as a Document's
+    place: str  # what messages call it
+    folder: str  # of the file: a path or a URL
+    value: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +63,23 @@ def iterate_source(
         yield document
     if not holds_text:
         raise UserError(f"the data source {source} holds no text")
+
+
+def iterate_records(source: str) -> Iterator[Record]:
+    """The JSON on each line of the .jsonl, .jsonl.gz and .jsonl.zst of a source. Raises UserError as iterate_source does."""
+    if source == PYTHON_STDLIB:
+        raise UserError(f"{source} holds text, not JSON lines")
+    files = [file for file in _files(source) if suffix_of(file.name) in LINES]
+    if not files:
+        raise UserError(f"the data source {source} holds no file that ends in {', '.join(LINES)}")
+    for file in files:
+        try:
+            with contextlib.closing(file.open()) as content:
+                for number, value in json_records(LINES[suffix_of(file.name)](content, file.place), file.place):
+                    place, folder = f"{file.place}, line {number}", os.path.dirname(file.place)
+                    yield Record(f"{file.name}:{number}", place, folder, value)
+        except OSError as error:
+            raise UserError(f"cannot read {file.place}: {error.strerror or error}") from None
 
 
 def source_size(source: str) -> int:

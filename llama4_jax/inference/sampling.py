@@ -1,97 +1,60 @@
-"""Text out: one prefill, then one token at a time from the cache."""
+"""How the next token is drawn from the logits."""
 
 import dataclasses
-from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from llama4_jax.errors import UserError
-from llama4_jax.model.cache import Cache
-from llama4_jax.model.llama4 import Llama4
-from llama4_jax.processing.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn. Attributes:
-    temperature: of the softmax; 0 takes the likeliest token.
+    """Temperature first, then top-k, top-p and min-p of what is left, as transformers has them.
+
+    Attributes:
+        temperature: of the softmax; 0 takes the likeliest token, whatever the other fields say.
+        top_k: keep that many of the likeliest tokens; None: all.
+        top_p: keep the likeliest tokens that together first reach this probability. arXiv 1904.09751, section 3.1.
+        min_p: drop tokens less likely than this share of the likeliest. arXiv 2407.01082, section 3.
     """
 
     temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    min_p: float = 0.0
 
     def __post_init__(self):
-        if self.temperature < 0:
+        if not 0 <= self.temperature < float("inf"):
             raise UserError(f"Sampling.temperature must be 0 or more, got {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise UserError(f"Sampling.top_k must be 1 or more, got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"Sampling.top_p must lie in (0, 1], got {self.top_p}")
+        if not 0 <= self.min_p <= 1:
+            raise UserError(f"Sampling.min_p must lie in [0, 1], got {self.min_p}")
 
-    def draw(self, logits: Float[Array, "B V"], key: jax.Array) -> Int[Array, " B"]:
+    def draw(self, logits: Float[Array, "B V"], keys: Key[Array, " B"]) -> Int[Array, " B"]:
+        """One token a row, each by its own key."""
         if self.temperature == 0:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        return jax.random.categorical(key, logits / self.temperature).astype(jnp.int32)
+        return jax.vmap(jax.random.categorical)(keys, self.filtered(logits)).astype(jnp.int32)
+
+    def filtered(self, logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
+        """Logits over the temperature, -inf where a token is not to be drawn. Tokens as likely as the last kept one stay."""
+        logits = logits / self.temperature
+        if self.top_k is not None and self.top_k < logits.shape[-1]:
+            logits = _keep_from(logits, jax.lax.top_k(logits, self.top_k)[0][:, -1:])
+        if self.top_p < 1:
+            ranked = jnp.sort(logits, axis=-1, descending=True)
+            p = jax.nn.softmax(ranked, axis=-1)
+            before = jnp.cumsum(p, axis=-1) - p  # probability of the likelier tokens
+            logits = _keep_from(logits, jnp.min(jnp.where(before < self.top_p, ranked, jnp.inf), axis=-1, keepdims=True))
+        if self.min_p > 0:
+            logits = _keep_from(logits, jnp.max(logits, axis=-1, keepdims=True) + jnp.log(self.min_p))
+        return logits
 
 
-def left_padded(prompts: list[list[int]]) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B T"]]:
-    """Prompts of different lengths as tokens and segment ids (0 is padding), ending together."""
-    if not prompts or not all(prompts):
-        raise UserError("every prompt needs at least one token")
-    length = max(map(len, prompts))
-    tokens = np.array([[0] * (length - len(p)) + p for p in prompts], np.int32)
-    valid = np.array([[0] * (length - len(p)) + [1] * len(p) for p in prompts], np.int32)
-    return tokens, valid
-
-
-@partial(jax.jit, static_argnames=("model", "max_new_tokens", "sampling"))
-def generate(
-    model: Llama4,
-    params: dict,
-    tokens: Int[Array, "B T"],
-    segment_ids: Int[Array, "B T"],
-    key: jax.Array,
-    *,
-    max_new_tokens: int,
-    sampling: Sampling = Sampling(),
-    model_state: dict | None = None,
-) -> Int[Array, "B t"]:
-    """The `max_new_tokens` tokens that follow left-padded prompts, whatever they are: cut at end tokens afterwards.
-
-    `model_state` is TrainState's: what a model with a router bias needs beside its parameters.
-    """
-    variables = {"params": params} | (model_state or {})
-    B, T = tokens.shape
-    cache = Cache.create(model.config, B, T + max_new_tokens, model.execution.compute_dtype)
-    prefill = model.apply(variables, tokens, segment_ids=segment_ids, cache=cache)
-    keys = jax.random.split(key, max_new_tokens)
-    first = sampling.draw(prefill.logits[:, -1], keys[0])
-
-    def step(carry, key):
-        token, cache = carry
-        output = model.apply(variables, token[:, None], cache=cache)
-        token = sampling.draw(output.logits[:, -1], key)
-        return (token, output.cache), token
-
-    _, rest = jax.lax.scan(step, (first, prefill.cache), keys[1:])
-    return jnp.concatenate([first[:, None], rest.T], axis=1)
-
-
-def generate_text(
-    model: Llama4,
-    params: dict,
-    tokenizer: Tokenizer,
-    prompt: str,
-    *,
-    max_new_tokens: int = 64,
-    temperature: float = 0.0,
-    seed: int = 0,
-    model_state: dict | None = None,
-) -> str:
-    """The continuation of one prompt, up to the first end-of-text token. `model_state` as in `generate`."""
-    tokens, segment_ids = left_padded([[tokenizer.bos_id, *tokenizer.encode(prompt)]])
-    sampling = Sampling(temperature)
-    key = jax.random.key(seed)
-    new = generate(
-        model, params, tokens, segment_ids, key, max_new_tokens=max_new_tokens, sampling=sampling, model_state=model_state
-    )
-    ids = np.asarray(new)[0].tolist()
-    return tokenizer.decode(ids[: ids.index(tokenizer.eos_id)] if tokenizer.eos_id in ids else ids)
+def _keep_from(logits, least):
+    return jnp.where(logits >= least, logits, -jnp.inf)

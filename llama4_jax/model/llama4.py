@@ -69,6 +69,7 @@ class Llama4(nn.Module):
         document_window: int | None = None,
         capacity_factor: float | None = None,
         router_jitter: float = 0.0,
+        last_logits_only: bool = False,
     ) -> Output:
         """One forward pass.
 
@@ -84,6 +85,7 @@ class Llama4(nn.Module):
             document_window: the packer's promise, see `Batch.document_window`.
             capacity_factor: drop what is beyond an expert's capacity; None drops nothing. See moe.within_capacity.
             router_jitter: noise on what the router reads, see ObjectiveConfig; needs `rngs={"jitter": key}`.
+            last_logits_only: of the last place alone, [B, 1, V]: all that decoding needs of a prompt.
 
         Raises:
             UserError: the model has a router bias and was given none.
@@ -109,7 +111,7 @@ class Llama4(nn.Module):
             x = fuse(x, self.vision(images), places)
         x = nn.with_logical_constraint(x, ("batch", "seq", "act_embed"))
         x, cache, stats = run_layers(self.layers, x, context, cache)
-        x = self.final_norm(x)
+        x = self.final_norm(x[:, -1:] if last_logits_only else x)
         head = self.embed.table().T if self.config.tie_embeddings else self.lm_head()
         if targets is not None:
             log_probs = target_log_probs(x, head.astype(dtype), targets, self.execution.loss_block_size)

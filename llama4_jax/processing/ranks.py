@@ -47,43 +47,56 @@ def wheel_file() -> Path:
 
 def read_ranks(path: Path) -> list[bytes]:
     """The tokens of a rank file, by rank. Raises UserError, naming the line, when it is not one."""
+    return parse_ranks(_read(path), str(path))
+
+
+def _read(path: Path) -> bytes:
     try:
-        lines = path.read_bytes().splitlines()
+        return path.read_bytes()
     except FileNotFoundError:
         raise UserError(f"no tokenizer at {path}: give the path of a tokenizer.model") from None
     except OSError as error:
         raise UserError(f"cannot read the tokenizer {path}: {error.strerror}") from None
+
+
+def parse_ranks(content: bytes, name: str) -> list[bytes]:
+    """The same of a file's bytes; `name` is what messages call it."""
     tokens = []
-    for rank, line in enumerate(lines):
+    for rank, line in enumerate(content.splitlines()):
         try:
             token, number = line.split()
             tokens.append(base64.b64decode(token, validate=True))
             if int(number) != rank or not tokens[-1]:
                 raise ValueError
         except ValueError:
-            raise UserError(f"{path} is not a file of ranks: line {rank + 1} is not a token in base64 and {rank}") from None
+            raise UserError(f"{name} is not a file of ranks: line {rank + 1} is not a token in base64 and {rank}") from None
     if len(set(tokens)) < len(tokens):
-        raise UserError(f"{path} is not a file of ranks: a token is there twice")
+        raise UserError(f"{name} is not a file of ranks: a token is there twice")
     return tokens
 
 
 def load_ranks(path: Path, keep: int | None = None) -> tokenizers.Tokenizer:
-    """A tokenizer from a rank file, with the ids of Llama 4: the ranks, then 2,048 special tokens.
+    """A tokenizer from a rank file, with the ids of Llama 4: see ranks_tokenizer. Raises UserError for a file that is not one."""
+    return ranks_tokenizer(_read(path), str(path), keep)
+
+
+def ranks_tokenizer(content: bytes, name: str, keep: int | None = None) -> tokenizers.Tokenizer:
+    """A tokenizer from a rank file's bytes, with the ids of Llama 4: the ranks, then 2,048 special tokens.
 
     `keep` cuts it to the first `keep` ranks; then the special tokens that have a meaning follow alone, in their order, and the
     reserved ones are left out. Raises UserError for a file that is not one, or when a byte is not among the ranks.
     """
-    tokens = read_ranks(path)
+    tokens = parse_ranks(content, name)
     if len(tokens) == _LLAMA3_RANKS:
-        raise UserError(f"{path} is Llama 3's tokenizer, which cuts text by another rule: give Llama 4's tokenizer.model")
+        raise UserError(f"{name} is Llama 3's tokenizer, which cuts text by another rule: give Llama 4's tokenizer.model")
     if keep is not None:
         if not 0 < keep <= len(tokens):
-            raise UserError(f"DataConfig.tokenizer_ranks={keep} must be 1 to {len(tokens)}, the number of ranks in {path}")
+            raise UserError(f"DataConfig.tokenizer_ranks={keep} must be 1 to {len(tokens)}, the number of ranks in {name}")
         tokens = tokens[:keep]
     missing = {bytes([byte]) for byte in range(256)} - set(tokens)
     if missing:
         raise UserError(
-            f"the {len(tokens)} ranks of {path} lack {len(missing)} of the 256 bytes, so not every text could be written"
+            f"the {len(tokens)} ranks of {name} lack {len(missing)} of the 256 bytes, so not every text could be written"
         )
     letters = _letters()
     vocabulary = {"".join(letters[byte] for byte in token): rank for rank, token in enumerate(tokens)}
@@ -95,8 +108,8 @@ def load_ranks(path: Path, keep: int | None = None) -> tokenizers.Tokenizer:
         ]
     )
     backend.decoder = decoders.ByteLevel()
-    names = [name for name in special_tokens() if keep is None or "reserved" not in name]
-    backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
+    specials = special_tokens() if keep is None else named_special_tokens()
+    backend.add_special_tokens([AddedToken(special, special=True, normalized=False) for special in specials])
     return backend
 
 
@@ -114,6 +127,11 @@ def special_tokens() -> list[str]:
     names += [*reserved("reasoning_", 0, 7), "reasoning_thinking_start", "reasoning_thinking_end"]
     names += reserved("", 0, _NUM_SPECIAL_TOKENS - len(names) - 1)
     return [f"<|{name}|>" for name in names]
+
+
+def named_special_tokens() -> list[str]:
+    """Those of them that have a meaning."""
+    return [name for name in special_tokens() if "reserved" not in name]
 
 
 def _merges(vocabulary: dict[str, int]) -> list[tuple[str, str]]:

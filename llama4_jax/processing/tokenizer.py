@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from llama4_jax.errors import UserError
 from llama4_jax.processing.ranks import LLAMA4, load_ranks, wheel_file
@@ -39,7 +41,7 @@ def tokenizer_file(source: str | Path) -> Path:
 
 
 class Tokenizer:
-    """Encodes and decodes text. A special token's name in a text is text, never the token."""
+    """Encodes and decodes text. A special token's name in a text is text, never the token, unless asked."""
 
     def __init__(self, backend: tokenizers.Tokenizer, name: str):
         """`name` is what error messages call it. Raises UserError when no known token begins or ends a text."""
@@ -55,14 +57,13 @@ class Tokenizer:
         self.pad_id = self._find(_PAD_NAMES, "pads")
 
     @classmethod
-    def train_bpe(cls, documents: Iterable[str], vocab_size: int) -> Tokenizer:
+    def train_bpe(cls, documents: Iterable[str], vocab_size: int, specials: Sequence[str] = (BEGIN, END, PAD)) -> Tokenizer:
         """A byte-level BPE of at most `vocab_size` tokens, lossless for every text; the same input gives the same one.
 
-        It has fewer tokens when the documents repeat too little to fill it. Raises UserError when `vocab_size` leaves no
-        room for the 256 bytes and three special tokens.
+        It has fewer tokens when the documents repeat too little to fill it. `specials` are its special tokens, whose ids
+        count from 0. Raises UserError when `vocab_size` leaves no room for the 256 bytes and the special tokens.
         """
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-        specials = [BEGIN, END, PAD]
         smallest = len(alphabet) + len(specials)
         if vocab_size < smallest:
             raise UserError(f"a byte-level BPE needs a vocabulary of at least {smallest} tokens, got {vocab_size}")
@@ -75,7 +76,7 @@ class Tokenizer:
         )
         backend.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
+            vocab_size=vocab_size, special_tokens=list(specials), initial_alphabet=alphabet, show_progress=False
         )
         backend.train_from_iterator(documents, trainer)
         return cls(backend, "bpe")
@@ -98,27 +99,79 @@ class Tokenizer:
             raise UserError(f"no tokenizer at {path}: give the path of a tokenizer.json") from None
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read the tokenizer {path}: {error}") from None
+        return cls.from_json(text, str(path))
+
+    @classmethod
+    def from_json(cls, text: str, name: str) -> Tokenizer:
+        """From what a tokenizer.json holds; `name` is what messages call it. Raises UserError when it is not one."""
         try:
             backend = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # what the library raises for a malformed file is a bare Exception
-            raise UserError(f"{path} is not a tokenizer.json: {error}") from None
-        return cls(backend, str(path))
+            raise UserError(f"{name} is not a tokenizer.json: {error}") from None
+        return cls(backend, name)
+
+    def to_json(self) -> str:
+        """A tokenizer.json that `load`, tokenizers and transformers read."""
+        return self._backend.to_str(pretty=True)
 
     def save(self, path: str | Path) -> None:
-        """Writes a tokenizer.json that `load`, tokenizers and transformers read."""
-        Path(path).write_text(self._backend.to_str(pretty=True), encoding="utf-8")
+        """Writes `to_json`."""
+        Path(path).write_text(self.to_json(), encoding="utf-8")
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of the text alone: no token is added before or after it."""
-        return self._backend.encode(text, add_special_tokens=False).ids
+    def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
+        """Ids of the text alone: no token is added before or after it.
+
+        With `allow_special` the names of special tokens become those tokens: for text that the caller vouches for.
+        """
+        backend = self._recognising if allow_special else self._backend
+        return backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text, over all cores."""
         return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[int], *, keep_special: bool = True) -> str:
         """The text of the ids, special tokens by their names. Bytes that are no UTF-8 become U+FFFD, unused ids nothing."""
-        return self._backend.decode([int(token) for token in ids], skip_special_tokens=False)
+        return self._backend.decode([int(token) for token in ids], skip_special_tokens=not keep_special)
+
+    @property
+    def prefix(self) -> list[int]:
+        """What the file puts before a text; where it has no rule for it, the token that begins a document."""
+        if self._backend.post_processor is None:
+            return [self.bos_id]
+        bare, whole = self.encode("a"), self._backend.encode("a").ids
+        places = (i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
+        return whole[: next(places, 0)]
+
+    def token_to_id(self, name: str) -> int | None:
+        """The id of a token by its name, or None."""
+        return self._backend.token_to_id(name)
+
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        """The names and ids of the tokens that text never becomes by itself."""
+        return {token.content: i for i, token in self._backend.get_added_tokens_decoder().items() if token.special}
+
+    @property
+    def added_tokens(self) -> dict[str, int]:
+        """The special tokens and those that stand for their names wherever these occur, such as `<think>` of some models."""
+        return {token.content: i for i, token in self._backend.get_added_tokens_decoder().items()}
+
+    def with_special(self, names: Iterable[str]) -> Tokenizer:
+        """This one, in which these tokens are special too."""
+        names = [name for name in names if name not in self.special_tokens]
+        if not names:
+            return self
+        backend = copy.copy(self._backend)
+        backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
+        return Tokenizer(backend, self.name)
+
+    @functools.cached_property
+    def _recognising(self) -> tokenizers.Tokenizer:
+        # A copy: the switch is the backend's own, and other threads may be encoding.
+        backend = copy.copy(self._backend)
+        backend.encode_special_tokens = False
+        return backend
 
     @property
     def vocab_size(self) -> int:

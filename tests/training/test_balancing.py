@@ -13,8 +13,9 @@ from flax.traverse_util import flatten_dict
 from llama4_jax.app import load_experiment
 from llama4_jax.checkpoints.save import save_pretrained
 from llama4_jax.config import ModelConfig, ObjectiveConfig
-from llama4_jax.inference.sampling import generate_text
+from llama4_jax.inference.generator import Generator, Limits
 from llama4_jax.model.llama4 import Llama4, init_model_state
+from llama4_jax.processing.processor import Processor
 from llama4_jax.training.balancing import bias_balancing, towards_even
 from llama4_jax.training.loop import train
 
@@ -88,5 +89,6 @@ def test_a_run_with_everything_on_resumes_to_the_same_bits_and_exports_once_anne
 
     assert all((bias == 0).all() for bias in flatten_dict(resumed.state.model_state).values())
     save_pretrained(tmp_path / "export", resumed.model.config, resumed.state.params, resumed.state.model_state)
-    text = {"max_new_tokens": 2, "model_state": resumed.state.model_state}
-    assert isinstance(generate_text(resumed.model, resumed.state.params, resumed.corpus.tokenizer, "def ", **text), str)
+    processor = Processor(resumed.corpus.tokenizer, resumed.model.config)
+    generator = Generator(resumed.model, resumed.state.params, processor, model_state=resumed.state.model_state)
+    assert 1 <= len(generator.complete(["def "], limits=Limits(max_new_tokens=2))[0].tokens) <= 2
