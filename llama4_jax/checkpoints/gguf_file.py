@@ -33,7 +33,7 @@ _MAGIC = b"GGUF"
 _NUMBERS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
 _STRING, _ARRAY = 8, 9
 _SMALLEST_PAIR, _SMALLEST_TENSOR = 8 + 4 + 1, 8 + 4 + 8 + 4 + 8  # bytes of a metadata pair and of a tensor's description
-_MAX_AXES = 4
+_MAX_AXES, _LONGEST_NAME = 4, 256
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
 
@@ -158,9 +158,11 @@ def read_header(path: str | os.PathLike) -> Header:
     """
     path = Path(path).expanduser()
     headers = [_read_file(part) for part in _parts(path)]
-    parts = headers[0].metadata.get("split.count", 1)
-    if parts != len(headers) and parts != 0:
-        raise UserError(f"{path}: is one of {parts} parts; name them NAME-00001-of-{int(parts):05d}.gguf and so on")
+    count = headers[0].metadata.get("split.count", 1)
+    if count not in (0, len(headers)):
+        raise UserError(
+            f"{path}: split.count is {count!r}, not {len(headers)}; name all parts NAME-00001-of-....gguf and so on"
+        )
     tensors = {}
     for header in headers:
         for name, tensor in header.tensors.items():
@@ -209,7 +211,7 @@ class _Parser:
         self.require(num_pairs, _SMALLEST_PAIR, f"{num_pairs} metadata")
         metadata = {}
         for _ in range(num_pairs):
-            key = self.string("a key of the metadata")
+            key = self.name("a key of the metadata")
             if key in metadata:
                 self.fail(f"metadata has {key} twice")
             metadata[key] = self.value(self.number(4), key)
@@ -244,6 +246,12 @@ class _Parser:
         except UnicodeDecodeError:
             self.fail(f"{what} is not UTF-8")
 
+    def name(self, what: str) -> str:
+        name = self.string(what)
+        if len(name) > _LONGEST_NAME or not name.isprintable():
+            self.fail(f"{what} is longer than {_LONGEST_NAME} or not printable: {name[:_LONGEST_NAME]!r}")
+        return name
+
     def take(self, length: int, what: str) -> bytes:
         if length > len(self.content) - self.at:
             self.require(length, 1, f"the {length} bytes of {what}")
@@ -266,7 +274,7 @@ class _Parser:
         return self.numbers(element, count, f"the {count} numbers of {key}")
 
     def tensor(self) -> StoredTensor:
-        name = self.string("a tensor's name")
+        name = self.name("a tensor's name")
         axes = self.number(4)
         if not 1 <= axes <= _MAX_AXES:
             self.fail(f"tensor {name} has {axes} axes")

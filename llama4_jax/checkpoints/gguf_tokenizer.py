@@ -148,7 +148,7 @@ def _tokenizer(metadata: Metadata, tokens: list[str], cut: _Cut, bos: str | None
     try:
         tokenizers.Tokenizer.from_buffer(content)
     except Exception as error:  # what the library raises is a bare Exception
-        raise UserError(f"{metadata.path}: tokenizer.ggml.* make no tokenizer: {str(error)[:200]}") from None
+        raise UserError(f"{metadata.path}: tokenizer.ggml.* make no tokenizer: {str(error)[:200]!r}") from None
     return content
 
 
