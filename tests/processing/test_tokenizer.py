@@ -169,3 +169,40 @@ def test_a_missing_or_corrupt_file_is_one_line(tmp_path, content, message):
 def test_a_folder_in_place_of_the_file_is_refused(tmp_path):
     with pytest.raises(UserError, match="cannot read the tokenizer"):
         Tokenizer.load(tmp_path)
+
+
+def test_special_names_become_their_tokens_when_asked(tokenizer):
+    text = f"x{END}y"
+    ids = tokenizer.encode(text, allow_special=True)
+    assert ids == [*tokenizer.encode("x"), tokenizer.eos_id, *tokenizer.encode("y")]
+    assert tokenizer.decode(ids) == text and tokenizer.decode(ids, keep_special=False) == "xy"
+    assert tokenizer.eos_id not in tokenizer.encode(text)  # asking once changes nothing
+
+
+def test_tokens_made_special_are_so_in_the_copy_alone(tokenizer, tmp_path):
+    tokenizer.save(tmp_path / "tokenizer.json")
+    backend = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    backend.add_tokens(["<tool>"])
+    loose = Tokenizer.from_json(backend.to_str(), "loose")
+    tool = loose.token_to_id("<tool>")
+    strict = loose.with_special(["<tool>"])
+    assert loose.encode("a<tool>").count(tool) == 1 and tool not in strict.encode("a<tool>")
+    assert strict.encode("a<tool>", allow_special=True).count(tool) == 1
+    assert "<tool>" in strict.special_tokens and "<tool>" in loose.added_tokens.keys() - loose.special_tokens.keys()
+    assert strict.decode(strict.encode("a<tool>")) == "a<tool>"
+    assert loose.with_special([BEGIN]) is loose
+
+
+def test_what_a_file_puts_before_a_text_is_known(tokenizer, tmp_path):
+    assert tokenizer.prefix == [tokenizer.bos_id]  # without a rule, as documents begin
+    backend = tokenizers.Tokenizer.from_str(tokenizer.to_json())
+    tokens = [(BEGIN, tokenizer.bos_id), (END, tokenizer.eos_id)]
+    for form, expected in ((f"{BEGIN} $A {END}", [tokenizer.bos_id]), (f"$A {END}", []), ("$A", [])):
+        backend.post_processor = processors.TemplateProcessing(single=form, special_tokens=tokens)
+        assert Tokenizer.from_json(backend.to_str(), "x").prefix == expected
+
+
+def test_the_given_special_tokens_are_the_first_ids():
+    names = [BEGIN, END, PAD, "<|eot|>", "<|patch|>"]
+    trained = Tokenizer.train_bpe(DOCUMENTS, 300, names)
+    assert list(trained.special_tokens) == names and list(trained.special_tokens.values()) == [0, 1, 2, 3, 4]
