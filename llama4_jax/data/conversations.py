@@ -212,13 +212,20 @@ def _messages(record: Record) -> tuple[list[Any], dict[str, Any]]:
     """The messages of a record, and what else read_conversation wants of it."""
     value = record.value
     if isinstance(value, dict) and isinstance(value.get("messages"), list):
-        return value["messages"], {"tools": value.get("tools"), "images": value.get("images") or ()}
+        return value["messages"], {"tools": value.get("tools"), "images": _images(record)}
     if isinstance(value, dict) and isinstance(value.get("prompt"), str) and isinstance(value.get("response"), str):
-        images = value.get("images") or ()
+        images = _images(record)
         prompt = [*({"type": "image"} for _ in images), {"type": "text", "text": value["prompt"]}]
         messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": value["response"]}]
         return messages, {"tools": None, "images": images}
     raise UserError(f"{record.place} must hold `messages`, or `prompt` and `response`, got {value!r:.80}")
+
+
+def _images(record: Record) -> list[Any]:
+    images = record.value.get("images") or []
+    if not isinstance(images, list):
+        raise UserError(f"{record.place}: images must be a list, got {images!r:.80}")
+    return images
 
 
 def _encode(

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import io
 import math
+import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import BinaryIO
 
 import numpy as np
 from jaxtyping import Float, UInt8
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from llama4_jax.errors import UserError
 
@@ -93,7 +94,7 @@ def read_image(picture: Picture, limits: ImageLimits = _LIMITS) -> Image.Image:
     Raises:
         ImageError: no file, another format than PNG, JPEG and WebP, a file that is damaged or cut short, or one beyond `limits`.
     """
-    with _opened(picture, limits) as image:
+    with _opened(picture, limits) as image, _STRICT:
         try:
             image.load()
             orientation = _orientation(image)
@@ -101,6 +102,29 @@ def read_image(picture: Picture, limits: ImageLimits = _LIMITS) -> Image.Image:
             return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
         except Exception as error:  # what a codec raises on damaged bytes is its own
             raise ImageError(f"cannot decode the image {_name(picture)}: {_one_line(error)}") from None
+
+
+class _Strict:
+    """While it is entered, by any number of threads, Pillow refuses files that are cut short, even where another package (Meta's
+    own among them) has switched that off for the whole process."""
+
+    def __init__(self):
+        self._lock, self._inside, self._before = threading.Lock(), 0, False
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+            self._inside += 1
+
+    def __exit__(self, *exception) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                ImageFile.LOAD_TRUNCATED_IMAGES = self._before
+
+
+_STRICT = _Strict()
 
 
 @contextlib.contextmanager
@@ -129,7 +153,7 @@ def _stream(picture: str | Path | bytes, limits: ImageLimits, name: str) -> Bina
         stream.seek(0)
     except FileNotFoundError:
         raise ImageError(f"no image at {name}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # the last two: a path with a zero byte, of a user that is none
         raise ImageError(f"cannot read the image {name}: {_one_line(error)}") from None
     if size > limits.max_bytes:
         stream.close()
@@ -185,7 +209,7 @@ def _orientation(image: Image.Image) -> int:
 
 def _name(picture: Picture) -> str:
     if isinstance(picture, str | Path):
-        return str(picture)
+        return " ".join(str(picture).split())
     return getattr(picture, "filename", "") or "that was given"
 
 

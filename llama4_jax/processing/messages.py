@@ -68,6 +68,8 @@ def read_conversation(
     """
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence) or not messages:
         raise UserError('a conversation is a list of one message or more, such as [{"role": "user", "content": "Hi"}]')
+    if isinstance(images, str | bytes | Mapping) or not isinstance(images, Sequence):
+        raise UserError(f"images must be a list, got {images!r:.80}")
     reader = _Reader(list(images), folder, video)
     read = [reader.message(message, f"message {i}") for i, message in enumerate(messages, 1)]
     if reader.given:
@@ -147,7 +149,7 @@ class _Reader:
         return parts
 
     def place(self, path: str | Path) -> Path:
-        return Path(path).expanduser() if self.folder is None else self.folder / Path(path).expanduser()
+        return Path(path) if self.folder is None else self.folder / path
 
 
 def _tool_call(call: Any, here: str) -> dict[str, Any]:
@@ -181,6 +183,14 @@ def _from_base64(content: Any, here: str) -> bytes:
         return base64.b64decode(content, validate=True)
     except (TypeError, binascii.Error, ValueError) as error:
         raise UserError(f"{here}: an image is not in base64: {error}") from None
+
+
+def read_tools(tools: Any) -> list[dict[str, Any]]:
+    """Descriptions of tools as plain data. Raises UserError unless they are a list of objects, or None for no tools."""
+    tools = plain([] if tools is None else tools)
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise UserError(f"tools must be a list of JSON schemas of functions, got {tools!r:.80}")
+    return tools
 
 
 def plain(value: Any) -> Any:

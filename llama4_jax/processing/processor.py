@@ -20,7 +20,7 @@ from llama4_jax.processing import chat
 from llama4_jax.processing.chat import Encoded, Llama4Format
 from llama4_jax.processing.image_tokens import ImageTokens, check_patch_places, tokens_per_tile
 from llama4_jax.processing.images import ImageLimits, Picture, choose_grid, cut_tiles, image_size, read_image
-from llama4_jax.processing.messages import Conversation, Shown, plain, read_conversation
+from llama4_jax.processing.messages import Conversation, Shown, read_conversation, read_tools
 from llama4_jax.processing.ranks import LLAMA4, ranks_tokenizer
 from llama4_jax.processing.template_format import TemplateFormat
 from llama4_jax.processing.templates import ChatTemplate
@@ -253,7 +253,7 @@ class Processor:
                 f"tokenizer {self.tokenizer.name} comes with no chat template and has not Llama 4's control tokens: "
                 "give a folder with chat_template.jinja, or prompt with plain text"
             )
-        layouts, tools = self._layouts(conversation.pictures), plain(tools or [])
+        layouts, tools = self._layouts(conversation.pictures), read_tools(tools)
         options = {"tools": tools, "add_generation_prompt": add_generation_prompt}
         if isinstance(self._format, TemplateFormat):
             options["turns"] = turns

@@ -12,6 +12,8 @@ from PIL import Image
 from llama4_jax.errors import UserError
 
 _EARLY = 1e-6  # seconds by which a frame's rounded time may miss a moment
+# Containers that hold their content themselves: a play list could name other files and addresses.
+_CONTAINERS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,ogg,flv,asf,mpegvideo,h264,hevc,ivf,wav,mp3,flac"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +51,8 @@ def sample_frames(path: str | Path, sampling: VideoSampling = VideoSampling()) -
     except ImportError:
         raise UserError(f"{path} needs PyAV: pip install 'llama4-jax[video]'") from None
     try:
-        with av.open(str(Path(path).expanduser())) as container:
+        options = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "none"}
+        with open(Path(path).expanduser(), "rb") as file, av.open(file, options=options) as container:
             if not container.streams.video:
                 raise UserError(f"{path} holds no video")
             stream = container.streams.video[0]
@@ -63,7 +66,7 @@ def sample_frames(path: str | Path, sampling: VideoSampling = VideoSampling()) -
             frames = list(_at_rate(_decode(container, stream, path, sampling), rate, sampling.max_frames))
     except FileNotFoundError:
         raise UserError(f"no video at {path}") from None
-    except (av.FFmpegError, OSError, ValueError) as error:
+    except (av.FFmpegError, OSError, ValueError, RuntimeError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"cannot decode the video {path}: {getattr(error, 'strerror', None) or error}") from None

@@ -215,6 +215,8 @@ def test_text_alone_needs_no_vision_tower_and_rows_have_no_images(config, tmp_pa
         (exchange([{"type": "image", "path": "none.png"}]), r"line 13: no image at .*none\.png; or set"),
         (exchange([{"type": "image"}]), r"line 13: message 1 has an image more than were given"),
         (exchange("x", images=["../x.png"]), r"line 13: 1 of 1 images given have no place"),
+        (exchange("x", images=3), r"line 13: images must be a list, got 3"),
+        (exchange("x", tools={"a": 1}), r"line 13: tools must be a list of JSON schemas"),
         (exchange("\ud800"), r"line 13: a text holds half of a surrogate pair"),
     ],
 )

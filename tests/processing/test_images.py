@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageFile
 
 from llama4_jax.errors import UserError
 from llama4_jax.processing.images import (
@@ -225,12 +225,15 @@ def test_a_file_of_too_many_bytes_is_refused_before_it_is_read(tmp_path):
         read_image(b"x" * 90, ImageLimits(max_bytes=10))
 
 
+@pytest.mark.parametrize("lenient", [False, True])
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
-def test_a_picture_cut_short_is_named(tmp_path, form):
+def test_a_picture_cut_short_is_named_also_where_pillow_was_told_to_read_it(tmp_path, monkeypatch, form, lenient):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", lenient)  # as importing Meta's code does
     content = encoded(Image.fromarray(noise(64, 64)), form)
     (tmp_path / "cut").write_bytes(content[: len(content) * 2 // 3])
     with pytest.raises(ImageError, match=r"/cut"):
         read_image(tmp_path / "cut")
+    assert lenient == ImageFile.LOAD_TRUNCATED_IMAGES
 
 
 @settings(max_examples=300, deadline=None)

@@ -3,10 +3,12 @@ import io
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from llama4_jax.errors import UserError
-from llama4_jax.processing.messages import read_conversation
+from llama4_jax.processing.messages import read_conversation, read_tools
 
 
 def user(*parts):
@@ -111,6 +113,34 @@ def test_what_cannot_be_read_is_named_in_one_line(messages, error):
 def test_more_images_than_places_are_refused():
     with pytest.raises(UserError, match="1 of 2 images given have no place"):
         read_conversation(user({"type": "image"}), [png(), png()])
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+PART = st.dictionaries(
+    st.sampled_from(["type", "text", "image", "path", "base64", "url", "image_url"]), JSON, max_size=3
+) | st.builds(
+    lambda kind, rest: rest | {"type": kind},
+    st.sampled_from(["text", "image", "image_url", "video", "audio"]),
+    st.dictionaries(st.sampled_from(["text", "image", "path", "base64", "url", "image_url", "video"]), JSON, max_size=3),
+)
+MESSAGE = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "assistant", "tool"]) | JSON, "content": st.lists(PART, max_size=3) | JSON},
+    optional={"tool_calls": st.lists(st.fixed_dictionaries({"function": JSON}) | JSON, max_size=2) | JSON, "name": JSON},
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(JSON | st.lists(MESSAGE | JSON, max_size=3), JSON, JSON)
+def test_any_json_is_read_or_refused_in_one_line(messages, images, tools):
+    for read in (lambda: read_conversation(messages, images), lambda: read_tools(tools)):
+        try:
+            read()
+        except UserError as error:
+            assert "\n" not in str(error)
 
 
 def test_a_video_becomes_its_frames_each_after_its_time(tmp_path):

@@ -92,6 +92,18 @@ def test_a_file_of_sound_alone_holds_no_video(tmp_path):
         sample_frames(tmp_path / "sound.wav")
 
 
+def test_a_play_list_opens_no_other_file(tmp_path, video):
+    for name, content in (
+        ("a.m3u8", f"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n{video}\n#EXT-X-ENDLIST\n"),
+        ("a.ffconcat", f"ffconcat version 1.0\nfile '{video}'\n"),
+    ):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(UserError, match=rf"cannot decode the video .*{name}"):
+            sample_frames(tmp_path / name)
+    with pytest.raises(UserError, match="no video at"):
+        sample_frames(f"concat:{video}")
+
+
 def test_sampling_checks_itself():
     with pytest.raises(UserError, match=r"VideoSampling\.rate must be positive, got 0"):
         VideoSampling(rate=0)
