@@ -23,6 +23,7 @@ _HOMES = {
     "llama4_jax.named_configs": ("count_parameters", "list_named_configs", "named_config"),
     "llama4_jax.model.cache": ("Cache",),
     "llama4_jax.model.llama4": ("Llama4", "Output", "abstract_params", "init_model_state", "init_params"),
+    "llama4_jax.checkpoints.conversion": ("Converted", "convert"),
     "llama4_jax.checkpoints.load": ("load_config", "load_pretrained"),
     "llama4_jax.checkpoints.save": ("save_pretrained",),
     "llama4_jax.data.batch": ("Batch",),

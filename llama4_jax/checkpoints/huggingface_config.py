@@ -14,6 +14,7 @@ the check of widths rather than read as a wrong model. Keys that do not change t
 from collections.abc import Mapping
 from typing import Any
 
+from llama4_jax.checkpoints.keys import Keys
 from llama4_jax.config import AttentionTemperature, ModelConfig, RopeScaling, VisionConfig
 from llama4_jax.errors import UserError
 
@@ -32,41 +33,6 @@ _IMAGE_TOKENS = {
     "image_start_token_id": "boi_token_index",
     "image_end_token_id": "eoi_token_index",
 }
-_KINDS = {int: "an integer", float: "a number", bool: "true or false", list: "a list", dict: "an object", str: "a string"}
-
-
-class _Keys:
-    """The keys of one JSON object, read with checks that name the file and the key."""
-
-    def __init__(self, values: Any, where: str):
-        self.where = where
-        if not isinstance(values, Mapping):
-            raise UserError(f"{where.rstrip(' .:')} must hold a JSON object, got {type(values).__name__}")
-        self.values = values
-
-    def has(self, key: str) -> bool:
-        return self.values.get(key) is not None
-
-    def get(self, key: str, default: Any, kind: type) -> Any:
-        """The value of a key, which must be of a kind (a number may be an integer); null and absent give the default."""
-        value = self.values.get(key)
-        if value is None:
-            return default
-        accepted = (int, float) if kind is float else kind
-        if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
-            self.fail(key, f"must be {_KINDS[kind]}, got {value!r}")
-        return value
-
-    def sub(self, key: str) -> "_Keys":
-        return _Keys(self.get(key, {}, dict), f"{self.where}{key}.")
-
-    def expect(self, fixed: Mapping[str, Any]) -> None:
-        for key, value in fixed.items():
-            if self.has(key) and self.values[key] != value:
-                self.fail(key, f"is {self.values[key]!r}, but only {value!r} is supported")
-
-    def fail(self, key: str, problem: str):
-        raise UserError(f"{self.where}{key} {problem}")
 
 
 # ------------------------------------------------------------------------------------------------------------------------
@@ -86,7 +52,7 @@ def config_from_hf(raw: Mapping[str, Any], source: str = "config.json") -> Model
     Raises:
         UserError: an unknown model_type, or a value that is invalid, contradictory or not supported, naming file and key.
     """
-    keys = _Keys(raw, f"{source}: ")
+    keys = Keys(raw, f"{source}: ")
     if keys.has("quantization_config"):
         keys.fail("quantization_config", "is set, but quantised checkpoints cannot be read")
     readers = {"llama4": _read_multimodal, "llama4_text": _read_llama4_text, "llama": _read_dense_llama}
@@ -99,7 +65,7 @@ def config_from_hf(raw: Mapping[str, Any], source: str = "config.json") -> Model
         raise error if str(error).startswith(source) else UserError(f"{source}: {error}") from None
 
 
-def _read_multimodal(keys: _Keys) -> dict[str, Any]:
+def _read_multimodal(keys: Keys) -> dict[str, Any]:
     if keys.get("tie_word_embeddings", False, bool) and not keys.sub("text_config").get("tie_word_embeddings", False, bool):
         keys.fail("tie_word_embeddings", "is true, but text_config.tie_word_embeddings is not")
     fields = _read_llama4_text(keys.sub("text_config"))
@@ -109,7 +75,7 @@ def _read_multimodal(keys: _Keys) -> dict[str, Any]:
     return fields | {"vision": VisionConfig(**_read_vision(keys.sub("vision_config")), **tokens)}
 
 
-def _read_llama4_text(keys: _Keys) -> dict[str, Any]:
+def _read_llama4_text(keys: Keys) -> dict[str, Any]:
     keys.expect(_FIXED_TEXT)
     layers = keys.get("num_hidden_layers", 48, int)
     rope, scaling = _read_rope(keys, default_theta=500_000.0)
@@ -133,7 +99,7 @@ def _read_llama4_text(keys: _Keys) -> dict[str, Any]:
     }
 
 
-def _read_dense_llama(keys: _Keys) -> dict[str, Any]:
+def _read_dense_llama(keys: Keys) -> dict[str, Any]:
     keys.expect(_FIXED_TEXT)
     sizes = _read_sizes(keys, vocab_size=32_000, hidden_size=4096, num_layers=32, num_heads=32, max_position=2048, eps=1e-6)
     rope, scaling = _read_rope(keys, default_theta=10_000.0)
@@ -153,7 +119,7 @@ def _read_dense_llama(keys: _Keys) -> dict[str, Any]:
 
 
 def _read_sizes(
-    keys: _Keys, *, vocab_size: int, hidden_size: int, num_layers: int, num_heads: int, max_position: int, eps: float
+    keys: Keys, *, vocab_size: int, hidden_size: int, num_layers: int, num_heads: int, max_position: int, eps: float
 ) -> dict[str, Any]:
     """What every text model has, under transformers' defaults of its family."""
     eos = keys.values.get("eos_token_id", 2)
@@ -177,7 +143,7 @@ def _read_sizes(
     }
 
 
-def _read_rope(keys: _Keys, default_theta: float) -> tuple[float, RopeScaling | None]:
+def _read_rope(keys: Keys, default_theta: float) -> tuple[float, RopeScaling | None]:
     """theta and scaling from either form: `rope_parameters`, or `rope_theta` beside `rope_scaling`."""
     name = "rope_parameters" if keys.has("rope_parameters") else "rope_scaling"
     rope = keys.sub(name)
@@ -197,7 +163,7 @@ def _read_rope(keys: _Keys, default_theta: float) -> tuple[float, RopeScaling | 
     return theta, RopeScaling(**{key: rope.get(key, None, number) for key, number in numbers.items()})
 
 
-def _read_temperature(keys: _Keys) -> AttentionTemperature | None:
+def _read_temperature(keys: Keys) -> AttentionTemperature | None:
     tuning = keys.values.get("attn_temperature_tuning", True)
     if tuning not in (None, False, True, 4):  # transformers 4.51 wrote the integer 4 for true
         keys.fail("attn_temperature_tuning", f"must be true or false, got {tuning!r}")
@@ -206,13 +172,13 @@ def _read_temperature(keys: _Keys) -> AttentionTemperature | None:
     return AttentionTemperature(floor=keys.get("floor_scale", 8192, float), scale=keys.get("attn_scale", 0.1, float))
 
 
-def _read_chunk(keys: _Keys) -> int | None:
+def _read_chunk(keys: Keys) -> int | None:
     if "attention_chunk_size" in keys.values and keys.values["attention_chunk_size"] is None:
         return None  # Llama Guard 4: local layers attend to the whole past
     return keys.get("attention_chunk_size", 8192, int)
 
 
-def _read_moe_layers(keys: _Keys, num_layers: int) -> tuple[int, ...]:
+def _read_moe_layers(keys: Keys, num_layers: int) -> tuple[int, ...]:
     step = keys.get("interleave_moe_layer_step", 1, int)
     if step < 1:
         keys.fail("interleave_moe_layer_step", f"must be 1 or more, got {step}; for no experts set moe_layers to []")
@@ -222,7 +188,7 @@ def _read_moe_layers(keys: _Keys, num_layers: int) -> tuple[int, ...]:
     return tuple(sorted(set(layers)))
 
 
-def _read_attention_pattern(keys: _Keys, num_layers: int) -> tuple[tuple[int, ...], bool]:
+def _read_attention_pattern(keys: Keys, num_layers: int) -> tuple[tuple[int, ...], bool]:
     """The NoPE layers, and whether `layer_types` lifts the chunk from all others.
 
     Despite its name `no_rope_layers` holds 1 where a layer uses RoPE. An empty list means the default pattern.
@@ -256,7 +222,7 @@ def _interval_or_list(name: str, layers: tuple[int, ...], num_layers: int) -> di
     return {f"{name}_layers": layers}
 
 
-def _read_vision(keys: _Keys) -> dict[str, Any]:
+def _read_vision(keys: Keys) -> dict[str, Any]:
     keys.expect(_FIXED_VISION)
     width = keys.get("hidden_size", 768, int)
     mlp = keys.get("intermediate_size", 5632, int)
@@ -293,10 +259,10 @@ def _read_vision(keys: _Keys) -> dict[str, Any]:
     }
 
 
-def _square(keys: _Keys, key: str, default: int) -> int:
+def _square(keys: Keys, key: str, default: int) -> int:
     value = keys.values.get(key)
     if isinstance(value, list) and len(set(value)) == 1:
-        keys = _Keys({key: value[0]}, keys.where)
+        keys = Keys({key: value[0]}, keys.where)
     return keys.get(key, default, int)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
-from llama4_jax.checkpoints.file_tensor import Index
+from llama4_jax.checkpoints.file_tensor import Index, bounds
 from llama4_jax.checkpoints.tensors import TensorInfo
 from llama4_jax.config import ModelConfig, VisionConfig
 from llama4_jax.errors import UserError
@@ -66,9 +66,22 @@ class Placed:
             place = out[tuple(itertools.chain.from_iterable(place for _, place in choice))]
             place[...] = read(tuple(stretch for stretch, _ in choice)).reshape(place.shape)
 
-    def stored_form(self, part: np.ndarray) -> np.ndarray:
-        """The tensor, of its part of the parameter."""
-        return part.transpose(np.argsort(self.order)).reshape(self.shape)
+    def read_from(self, read: Callable[[tuple[int | slice, ...]], np.ndarray], index: Index = ()) -> np.ndarray:
+        """The inverse: the part of this tensor that `index` selects, of little more than it needs of the parameter.
+
+        Args:
+            read: the parameter's part at an index.
+        """
+        limits = bounds(index, self.shape)
+        covers = [_cover(sizes, *limit) for sizes, limit in zip(self.split, limits, strict=True)]
+        slices = [part for parts, _ in covers for part in parts]
+        axes = iter(self.order)
+        rank = len(self.order) + sum(isinstance(i, int) for i in self.index)
+        whole = (*self.index, *(_WHOLE,) * (rank - len(self.index)))
+        part = read(tuple(i if isinstance(i, int) else slices[next(axes)] for i in whole)).transpose(np.argsort(self.order))
+        counts = [math.prod(s.stop - s.start for s in parts) for parts, _ in covers]
+        cut = (slice(skip, skip + stop - start) for (_, skip), (start, stop) in zip(covers, limits, strict=True))
+        return part.reshape(counts)[tuple(cut)]
 
 
 def _stretches(sizes: tuple[int, ...], wanted: list[slice]) -> Iterator[tuple[slice, tuple[int | slice, ...]]]:
@@ -80,6 +93,16 @@ def _stretches(sizes: tuple[int, ...], wanted: list[slice]) -> Iterator[tuple[sl
     for i in range(first.start, first.stop):
         for run, place in _stretches(sizes[1:], wanted[1:]):
             yield slice(i * inner + run.start, i * inner + run.stop), (i - first.start, *place)
+
+
+def _cover(sizes: tuple[int, ...], start: int, stop: int) -> tuple[list[slice], int]:
+    """The smallest block of an axis that holds `sizes` row-major around start to stop, and how much of it comes before."""
+    inner = math.prod(sizes[1:])
+    first, last = start // inner, max(-(-stop // inner), start // inner)
+    if len(sizes) > 1 and last - first == 1:
+        parts, before = _cover(sizes[1:], start - first * inner, stop - first * inner)
+        return [slice(first, last), *parts], before
+    return [slice(first, last), *(slice(0, size) for size in sizes[1:])], start - first * inner
 
 
 def layout(config: ModelConfig) -> list[Placed]:

@@ -1,9 +1,12 @@
 """A folder that appears whole or not at all, and can be gone on with after an interruption."""
 
+import fcntl
 import hashlib
 import os
+import re
 import shutil
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 from llama4_jax.errors import UserError
@@ -48,33 +51,39 @@ class PartialFolder:
         marker = self.path / _TASK
         if not marker.exists():
             write_durably(marker, task.encode())
+        self._lock = marker.open("rb")  # held until this process ends or lets go of the folder
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{self.path}: another process is writing there") from None
         if marker.read_bytes() != task.encode():
             raise UserError(f"{self.path} holds an unfinished conversion of something else; remove it, or choose another place")
-        sums = read_checksums(self.path) if (self.path / CHECKSUMS).exists() else {}
-        self._sums = {
-            name: digest
-            for name, digest in sums.items()
-            if _is_file(self.path / name) and hash_file(self.path / name) == digest
-        }
-        for path in self.path.iterdir():
-            if path.name not in (*self._sums, _TASK):
-                path.unlink() if path.is_file() else shutil.rmtree(path)
+        for name, digest in _read_lines(self.path / CHECKSUMS):
+            if (path := self.path / name).is_file() and hash_file(path) == digest:
+                self._sums[name] = digest
+        for path in self.path.rglob("*"):
+            if path.is_file() and path.name != _TASK and str(path.relative_to(self.path)) not in self._sums:
+                path.unlink()
         self._write_checksums()
 
     def finish_file(self, name: str) -> None:
         """Called when a file is whole; with a task, it is one that stays."""
         if self._task:
             self._sums[name] = hash_file(self.path / name)
-            self._write_checksums()
+            with open(self.path / CHECKSUMS, "a") as file:
+                file.write(_line(name, self._sums[name]))
+                file.flush()
+                os.fsync(file.fileno())
 
     def _write_checksums(self) -> None:
-        lines = [f"{digest}  {name}\n" for name, digest in sorted(self._sums.items())]
-        write_durably(self.path / CHECKSUMS, "".join(lines).encode())
+        write_durably(self.path / CHECKSUMS, "".join(_line(*item) for item in sorted(self._sums.items())).encode())
 
     def publish(self) -> None:
         """Moves the folder to its place."""
         try:
-            (self.path / _TASK).unlink(missing_ok=True)
+            if self._task:
+                self._write_checksums()
+                (self.path / _TASK).unlink()
             if self.final.is_dir():
                 self.final.rmdir()  # empty
             self.path.rename(self.final)
@@ -89,33 +98,53 @@ class PartialFolder:
         return self
 
     def __exit__(self, *exception) -> None:
-        if not self._task:
+        if self._task:
+            self._lock.close()
+        else:
             shutil.rmtree(self.path, ignore_errors=True)
 
 
-def _is_file(path: Path) -> bool:
-    return path.is_file() and not path.is_symlink()
-
-
 def hash_file(path: Path) -> str:
-    """SHA-256 of what is on disk."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def read_checksums(folder: Path) -> dict[str, str]:
-    """The digest of each file that a folder's SHA256SUMS lists. Raises UserError."""
-    sums = {}
+    """SHA-256 of what is on disk. Raises UserError when it cannot be read."""
     try:
-        lines = (folder / CHECKSUMS).read_text().splitlines()
-    except FileNotFoundError:
-        raise UserError(f"{folder}: has no {CHECKSUMS} to verify it by") from None
-    for line in lines:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _line(name: str, digest: str) -> str:
+    return f"{digest}  {name}\n"
+
+
+def _read_lines(path: Path) -> Iterator[tuple[str, str]]:
+    """Names and digests, without a last line that was cut short."""
+    for line in path.read_text().split("\n")[:-1] if path.exists() else ():
         digest, _, name = line.partition("  ")
-        if len(digest) != 64 or not name or Path(name).is_absolute() or ".." in Path(name).parts:
-            raise UserError(f"{folder / CHECKSUMS}: cannot read the line {line!r}")
-        sums[name] = digest
-    return sums
+        if not re.fullmatch("[0-9a-f]{64}", digest) or not name or Path(name).is_absolute() or ".." in Path(name).parts:
+            raise UserError(f"{path}: cannot read the line {line[:200]!r}")
+        yield name, digest
+
+
+def verify(path: Path) -> int:
+    """Compares what was written with its checksums: a folder with its SHA256SUMS, a file with the one beside it.
+
+    Returns how many files are what was written.
+
+    Raises:
+        UserError: there are no checksums, or a file is missing or not what was written.
+    """
+    folder, sums = (path, path / CHECKSUMS) if path.is_dir() else (path.parent, path.with_name(f"{path.name}.sha256"))
+    if not sums.is_file():
+        raise UserError(f"{path}: has no {sums.name} to verify it by")
+    count = 0
+    for name, digest in _read_lines(sums):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder / name}: is missing, but {sums.name} lists it")
+        if hash_file(folder / name) != digest:
+            raise UserError(f"{folder / name}: is not what was written: its SHA-256 is not that of {sums.name}")
+        count += 1
+    return count
 
 
 def write_durably(path: Path, content: bytes) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -61,7 +62,7 @@ class ParametersReader:
 
     def read(self, name: str, index: Index = ()) -> np.ndarray:
         placed = self._placed[name]
-        return placed.stored_form(_to_host(self._leaves[placed.path], placed.index))[index]
+        return placed.read_from(functools.partial(_to_host, self._leaves[placed.path]), index)
 
     def __enter__(self) -> "ParametersReader":
         return self
