@@ -113,6 +113,8 @@ def _open_arrays(folder: Path) -> dict[tuple[str, ...], Any]:
         spec = {
             "driver": "zarr3" if metadata.get("use_zarr3") else "zarr",
             "kvstore": _kvstore(folder, ".".join(keys), metadata),
+            # Where zeros are stored like all else, a missing file is damage; TensorStore would take it for zeros.
+            "fill_missing_data_reads": not metadata.get("store_array_data_equal_to_fill_value"),
         }
         try:
             arrays[path] = ts.open(spec, open=True, read=True).result()
