@@ -52,6 +52,7 @@ setup(
             "zstandard>=0.22",
             "av>=14",
             "gguf>=0.17",
+            "scikit-learn>=1.5",
         ],
         "parity": ["torch>=2.6", "transformers>=5.20"],
         "dev": ["ruff>=0.12"],

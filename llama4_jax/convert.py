@@ -2,7 +2,7 @@ r"""Turns a checkpoint of any format into another, tensor by tensor.
 
     python -m llama4_jax.convert --from=Llama-4-Scout-17B-16E --to=scout --dtype=bfloat16
     python -m llama4_jax.convert --from=RUN --to=model.gguf --dtype=q8_0
-    python -m llama4_jax.convert --from=smollm2.gguf --to=mixture --upcycle=experts:8
+    python -m llama4_jax.convert --from=smollm2 --to=mixture --upcycle=experts:8
     python -m llama4_jax.convert --verify=scout
 
 Read are Hugging Face folders and hub names, Meta's consolidated files, GGUF, and training runs and weights of this project.
@@ -10,7 +10,6 @@ Killed and started again, it goes on with the files that were not finished. Exit
 again to go on), 2 bad input.
 """
 
-import re
 import sys
 from pathlib import Path
 
@@ -26,7 +25,9 @@ _FORMAT = flags.DEFINE_enum(
 )
 _DTYPE = flags.DEFINE_string("dtype", None, "float32, float16, bfloat16, or for a GGUF a quantised type; default: as it is")
 _TEXT_ONLY = flags.DEFINE_bool("text_only", False, "leave the vision tower out")
-_UPCYCLE = flags.DEFINE_string("upcycle", None, "experts:N makes a mixture of N experts of a dense model")
+_UPCYCLE = flags.DEFINE_string(
+    "upcycle", None, "makes a mixture of experts of a dense model: experts:N, and of choice top_k:K, every:N and seed:S"
+)
 _CONFIG_NAME = flags.DEFINE_string("config_name", None, "named configuration of consolidated files without params.json")
 _ALLOW_NONFINITE = flags.DEFINE_bool("allow_nonfinite", False, "take tensors with NaN or infinity as they are")
 _VERIFY = flags.DEFINE_string("verify", None, "compare a converted checkpoint with its SHA256SUMS, and do nothing else")
@@ -42,7 +43,6 @@ def main(overrides: dict[str, str]) -> int:
 
         print(f"{_VERIFY.value}: {verify(Path(_VERIFY.value))} files are what was written")
         return 0
-    experts = _read_upcycle(_UPCYCLE.value)
     from llama4_jax.checkpoints.conversion import convert  # after the flags: a misspelt one answers at once
 
     try:
@@ -52,7 +52,7 @@ def main(overrides: dict[str, str]) -> int:
             format=_FORMAT.value,
             dtype=_DTYPE.value,
             text_only=_TEXT_ONLY.value,
-            upcycle_experts=experts,
+            upcycle=_UPCYCLE.value,
             config_name=_CONFIG_NAME.value,
             allow_nonfinite=_ALLOW_NONFINITE.value,
         )
@@ -62,14 +62,6 @@ def main(overrides: dict[str, str]) -> int:
     kept = f", {converted.kept} of them from before the interruption" if converted.kept else ""
     print(f"{converted.path}: {converted.tensors:,} tensors of {converted.nbytes:,} bytes{kept}")
     return 0
-
-
-def _read_upcycle(text: str | None) -> int | None:
-    if text is None:
-        return None
-    if not (match := re.fullmatch(r"experts:([1-9]\d{0,5})", text)):
-        raise UserError(f"--upcycle={text} must be experts:N, such as experts:8")
-    return int(match[1])
 
 
 if __name__ == "__main__":

