@@ -28,13 +28,12 @@ class TemplateFormat:
         """`variables` are those that the template may name beside the conversation: bos_token and the like. `image_token` is
         what the template writes in a picture's place."""
         self.template, self._variables = template, variables
-        self._special = list(tokenizer.special_tokens)
+        special = list(tokenizer.special_tokens)
         # A token that text may become, such as <think>, is a control token where the template names it; of the assistant's
         # own messages it is a part.
-        self._named = [
-            name for name in tokenizer.added_tokens if name not in tokenizer.special_tokens and name in template.source
-        ]
-        self._tokenizer, self._plain = tokenizer, tokenizer.with_special(self._named)
+        named = [name for name in tokenizer.added_tokens if name not in tokenizer.special_tokens and name in template.source]
+        self._special, self._others = _Names(special), _Names([*special, *named])
+        self._tokenizer, self._plain = tokenizer, tokenizer.with_special(named)
         self._image = None if image_token is None else tokenizer.token_to_id(image_token)
 
     def encode(
@@ -53,10 +52,11 @@ class TemplateFormat:
         """
         layouts = list(layouts)
         private = _Private([messages, tools, self._variables, self.template.source])
-        others = [*self._special, *self._named]
-        messages = [private.replace(m, self._special if m["role"] == "assistant" else others) for m in messages]
+        messages = [private.replace(m, self._special if m["role"] == "assistant" else self._others) for m in messages]
         marks = (private.unused(), private.unused()) if self.template.marks_generation and turns != "none" else ("", "")
-        render = _Renderer(self.template, marks, {"tools": private.replace(list(tools), others) or None, **self._variables})
+        render = _Renderer(
+            self.template, marks, {"tools": private.replace(list(tools), self._others) or None, **self._variables}
+        )
         text = render(messages, add_generation_prompt)
         encoded, pictures = Encoded(), iter(layouts)
         for piece, turn in [(text, -1)] if turns == "none" else self._turns(text, messages, render, turns):
@@ -103,7 +103,26 @@ class TemplateFormat:
     def _without_space_at_end(self, text: str) -> str:
         """White space after the token that ends a turn comes from the template, and nobody generates it."""
         bare = text.rstrip()
-        return bare if any(bare.endswith(name) for name in self._special) else text
+        return bare if self._special.ends(bare) else text
+
+
+class _Names:
+    """Names of tokens, to be found in texts."""
+
+    def __init__(self, names: Sequence[str]):
+        longest_first = sorted(names, key=len, reverse=True)
+        self.pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")  # (?!) is nowhere
+        self._names, self._longest = set(names), max(map(len, names), default=0)
+        self._beginnings = {name[:end] for name in names for end in range(1, len(name))}
+
+    def unfinished(self, text: str) -> int | None:
+        """Where the longest beginning of a name starts that the text ends in."""
+        starts = range(max(len(text) - self._longest + 1, 0), len(text))
+        return next((start for start in starts if text[start:] in self._beginnings), None)
+
+    def ends(self, text: str) -> bool:
+        """Whether the text ends in a name."""
+        return any(text[start:] in self._names for start in range(max(len(text) - self._longest, 0), len(text)))
 
 
 class _Renderer:
@@ -139,22 +158,18 @@ class _Private:
         """A character that stands for nothing yet."""
         return next(self._free)
 
-    def replace(self, value: Any, names: Sequence[str]) -> Any:
+    def replace(self, value: Any, names: "_Names") -> Any:
         """The data with each of the names replaced, also the beginning of one at a text's end (white space aside)."""
         if isinstance(value, dict):
             return {self.replace(key, names): self.replace(item, names) for key, item in value.items()}
         if isinstance(value, list):
             return [self.replace(item, names) for item in value]
-        if not isinstance(value, str) or not names:
+        if not isinstance(value, str):
             return value
-        whole = re.compile("|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)))
-        value = whole.sub(lambda match: self.character(match.group()), value)
+        value = names.pattern.sub(lambda match: self.character(match.group()), value)
         bare = value.rstrip()
-        longest = max(map(len, names)) - 1
-        for start in range(max(len(bare) - longest, 0), len(bare)):
-            if any(name.startswith(bare[start:]) for name in names):
-                return bare[:start] + self.character(bare[start:]) + value[len(bare) :]
-        return value
+        start = names.unfinished(bare)
+        return value if start is None else bare[:start] + self.character(bare[start:]) + value[len(bare) :]
 
     def split(self, text: str) -> list[str]:
         """Text, private character, text, private character, ... text."""
