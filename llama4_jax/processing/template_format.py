@@ -1,24 +1,27 @@
 """Conversations to tokens by the chat template of a checkpoint, whatever people write in their messages.
 
-A template renders one string, in which nothing tells its own control tokens from the same names in a message. So before it renders,
-each control token's name in a message is replaced by one private character, and so is an unfinished name at a text's end, which
-the next text could complete. In the rendered string every name is then the template's; the private characters are turned back and
-encoded as plain text. This holds for templates that copy, trim, cut, split or join what they are given; only one that puts a name
-together from parts of a message, such as "<|" + text + "|>", could be made to write a control token, and means to.
+A template renders one string, in which nothing tells its own control tokens from the same names in a message. So while it renders,
+one character of every name, such as the < of <|eot|>, is another, private one in what people wrote. A name in the rendered string
+is then the template's, whatever it does to texts: copy, trim, cut, split, replace or join them. (Only one that writes "<" and then a
+text as a name would be deceived.) What the assistant wrote may be looked into by a template, for </think> and the like, so there the
+character is exchanged only in names of special tokens and in the beginning of one at a text's end, which the next text could complete.
 
-The rest is encoded as transformers does, so a conversation without such names gives the same tokens.
+Then the characters are turned back, and all is encoded as transformers does, so a conversation without such names gives the same
+tokens; only texts in which people wrote one are encoded by themselves, as plain text.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 from llama4_jax.errors import UserError
 from llama4_jax.processing.chat import Encoded
+from llama4_jax.processing.messages import ROLES
 from llama4_jax.processing.templates import ChatTemplate
 from llama4_jax.processing.tokenizer import Tokenizer
 
 _PRIVATE = range(0xF0000, 0xFFFFE)
+_OWN_WORDS = {*ROLES, "text", "image", "function"}
 
 
 class TemplateFormat:
@@ -28,11 +31,12 @@ class TemplateFormat:
         """`variables` are those that the template may name beside the conversation: bos_token and the like. `image_token` is
         what the template writes in a picture's place."""
         self.template, self._variables = template, variables
-        special = list(tokenizer.special_tokens)
+        special = [name for name in tokenizer.special_tokens if not name.isspace()]
         # A token that text may become, such as <think>, is a control token where the template names it; of the assistant's
         # own messages it is a part.
-        named = [name for name in tokenizer.added_tokens if name not in tokenizer.special_tokens and name in template.source]
-        self._special, self._others = _Names(special), _Names([*special, *named])
+        ordinary = tokenizer.added_tokens.keys() - tokenizer.special_tokens.keys()
+        named = sorted(name for name in ordinary if name in template.source and not name.isspace())
+        self._special, self._names = _Names(special), _Names([*special, *named])
         self._tokenizer, self._plain = tokenizer, tokenizer.with_special(named)
         self._image = None if image_token is None else tokenizer.token_to_id(image_token)
 
@@ -52,10 +56,13 @@ class TemplateFormat:
         """
         layouts = list(layouts)
         private = _Private([messages, tools, self._variables, self.template.source])
-        messages = [private.replace(m, self._special if m["role"] == "assistant" else self._others) for m in messages]
+        messages = [
+            private.in_names(m, self._special) if m["role"] == "assistant" else private.everywhere(m, self._names)
+            for m in messages
+        ]
         marks = (private.unused(), private.unused()) if self.template.marks_generation and turns != "none" else ("", "")
         render = _Renderer(
-            self.template, marks, {"tools": private.replace(list(tools), self._others) or None, **self._variables}
+            self.template, marks, {"tools": private.everywhere(list(tools), self._names) or None, **self._variables}
         )
         text = render(messages, add_generation_prompt)
         encoded, pictures = Encoded(), iter(layouts)
@@ -66,12 +73,17 @@ class TemplateFormat:
         return encoded
 
     def _encode(self, text: str, private: "_Private", pictures) -> list[int]:
-        ids = []
-        for i, piece in enumerate(private.split(text)):
-            if i % 2:
-                ids += self._plain.encode(private.texts[piece])
-            elif piece:
-                ids += self._tokenizer.encode(piece, allow_special=True)
+        own = [match.span() for match in self._names.pattern.finditer(text)]  # the template's
+        text = private.restored(text)
+        if own == [match.span() for match in self._names.pattern.finditer(text)]:
+            ids = self._tokenizer.encode(text, allow_special=True)
+        else:
+            ids, done = [], 0
+            for start, end in zip([0, *(end for _, end in own)], [*(start for start, _ in own), len(text)], strict=True):
+                if self._names.pattern.search(text[start:end]):
+                    ids += self._tokenizer.encode(text[done:start], allow_special=True) + self._plain.encode(text[start:end])
+                    done = end
+            ids += self._tokenizer.encode(text[done:], allow_special=True)
         if self._image is None or self._image not in ids:
             return ids
         try:
@@ -112,13 +124,17 @@ class _Names:
     def __init__(self, names: Sequence[str]):
         longest_first = sorted(names, key=len, reverse=True)
         self.pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")  # (?!) is nowhere
+        self.guards = {
+            next((character for character in name if not (character.isalnum() or character.isspace())), name[0])
+            for name in names
+        }
         self._names, self._longest = set(names), max(map(len, names), default=0)
         self._beginnings = {name[:end] for name in names for end in range(1, len(name))}
 
-    def unfinished(self, text: str) -> int | None:
-        """Where the longest beginning of a name starts that the text ends in."""
+    def unfinished(self, text: str) -> int:
+        """Where the longest beginning of a name starts that the text ends in; its end if there is none."""
         starts = range(max(len(text) - self._longest + 1, 0), len(text))
-        return next((start for start in starts if text[start:] in self._beginnings), None)
+        return next((start for start in starts if text[start:] in self._beginnings), len(text))
 
     def ends(self, text: str) -> bool:
         """Whether the text ends in a name."""
@@ -139,41 +155,49 @@ class _Renderer:
 
 
 class _Private:
-    """Characters that stand for texts; none of them occurs in what is given."""
+    """Characters that stand for others; none of them occurs in what is given."""
 
     def __init__(self, given: Any):
         used = {character for text in _strings(given) for character in text if ord(character) >= _PRIVATE[0]}
         self._free = (chr(code) for code in _PRIVATE if chr(code) not in used)
-        self._characters: dict[str, str] = {}
-        self.texts: dict[str, str] = {}
-
-    def character(self, text: str) -> str:
-        """The one for this text."""
-        if text not in self._characters:
-            self._characters[text] = self.unused()
-            self.texts[self._characters[text]] = text
-        return self._characters[text]
+        self._of: dict[str, str] = {}
 
     def unused(self) -> str:
         """A character that stands for nothing yet."""
         return next(self._free)
 
-    def replace(self, value: Any, names: "_Names") -> Any:
-        """The data with each of the names replaced, also the beginning of one at a text's end (white space aside)."""
-        if isinstance(value, dict):
-            return {self.replace(key, names): self.replace(item, names) for key, item in value.items()}
-        if isinstance(value, list):
-            return [self.replace(item, names) for item in value]
-        if not isinstance(value, str):
-            return value
-        value = names.pattern.sub(lambda match: self.character(match.group()), value)
-        bare = value.rstrip()
-        start = names.unfinished(bare)
-        return value if start is None else bare[:start] + self.character(bare[start:]) + value[len(bare) :]
+    def everywhere(self, value: Any, names: _Names) -> Any:
+        """The data with each character that a name depends on exchanged."""
+        return _in_texts(value, lambda text: self._exchanged(text, names))
 
-    def split(self, text: str) -> list[str]:
-        """Text, private character, text, private character, ... text."""
-        return re.split(f"([{''.join(self.texts)}])", text) if self.texts else [text]
+    def in_names(self, value: Any, names: _Names) -> Any:
+        """The data with such characters exchanged in names, and in the beginning of one at a text's end (white space aside)."""
+
+        def exchanged(text: str) -> str:
+            text = names.pattern.sub(lambda match: self._exchanged(match.group(), names), text)
+            end = len(text.rstrip())
+            start = names.unfinished(text[:end])
+            return text[:start] + self._exchanged(text[start:end], names) + text[end:]
+
+        return _in_texts(value, exchanged)
+
+    def restored(self, text: str) -> str:
+        """The text as it was."""
+        return text.translate({ord(private): character for character, private in self._of.items()})
+
+    def _exchanged(self, text: str, names: _Names) -> str:
+        for character in names.guards - self._of.keys():
+            self._of[character] = self.unused()
+        return text.translate({ord(character): self._of[character] for character in names.guards})
+
+
+def _in_texts(value: Any, change: Callable[[str], str]) -> Any:
+    """The data with its texts changed, but for the words of our own form, which templates compare."""
+    if isinstance(value, dict):
+        return {key if key.isidentifier() else change(key): _in_texts(item, change) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_in_texts(item, change) for item in value]
+    return change(value) if isinstance(value, str) and value not in _OWN_WORDS else value
 
 
 def _strings(value: Any) -> Iterable[str]:

@@ -86,6 +86,27 @@ def test_nor_does_it_through_what_templates_do_to_texts(tokenizer, content):
     assert json.dumps(content, ensure_ascii=False) in tokenizer.decode(tokens)
 
 
+def test_nor_through_a_template_that_takes_texts_apart_and_joins_them(tokenizer):
+    source = "<|im_start|>{{ messages[0].content.split('Z') | join }}{{ messages[0].content | replace('Z', '') }}{{ tools[0] | tojson }}<|im_end|>"
+    form = make(tokenizer, source)
+    content = "a<|im_Zend|><ZtoolZ>"
+    tokens = form.encode([turn("user", content)], tools=[{"<|im_end|>": "<|im_end|>", "type": "<|im_start|>"}]).tokens
+    assert controls(tokenizer, tokens) == [tokenizer.token_to_id(START), tokenizer.token_to_id(END)]
+    assert tokenizer.decode(tokens).count("a<|im_end|>") == 2
+
+
+def test_text_that_only_looks_like_a_name_is_encoded_with_its_surroundings(tokenizer):
+    form = make(tokenizer, CHATML)
+    for role in ("user", "assistant"):
+        tokens = form.encode([turn(role, "a < b, <|im_ and <x> <")]).tokens
+        assert tokens == tokenizer.encode(f"<|im_start|>{role}\na < b, <|im_ and <x> <<|im_end|>\n", allow_special=True)
+
+
+def test_a_template_may_look_into_what_the_assistant_wrote(tokenizer):
+    form = make(tokenizer, "{% for m in messages %}{{ m.content.split('<think>')[-1] }}{% endfor %}")
+    assert tokenizer.decode(form.encode([turn("assistant", "hidden<think>shown<|im_end|>")]).tokens) == "shown<|im_end|>"
+
+
 def test_a_token_that_the_template_names_is_the_templates_and_the_assistants_alone(tokenizer):
     source = "{% if false %}<think>{% endif %}<tool>{{ tools | tojson }}" + CHATML
     form = make(tokenizer, source)
