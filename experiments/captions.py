@@ -22,8 +22,6 @@ from llama4_jax import config as c
 from llama4_jax.errors import UserError
 from llama4_jax.processing.ranks import named_special_tokens
 
-_WORKDIR = flags.DEFINE_string("workdir", "runs/captions", "folder of the data and of the run")
-
 QUESTIONS = {
     "en": "What is this?",
     "de": "Was ist das?",
@@ -90,7 +88,7 @@ def get_config(data: str = "runs/captions/data") -> c.Experiment:
 def main(overrides: dict[str, str]) -> int:
     from llama4_jax.training.loop import train
 
-    workdir = Path(_WORKDIR.value)
+    workdir = Path(flags.FLAGS.workdir)
     names = load_names()
     write_data(names, workdir / "data")
     experiment = get_config(str(workdir / "data"))
@@ -211,4 +209,5 @@ def named(generator, folder: Path, names, language: str, pictured: list[str], ba
 
 
 if __name__ == "__main__":
+    flags.DEFINE_string("workdir", "runs/captions", "folder of the data and of the run")
     app.run(main)
