@@ -83,7 +83,7 @@ def _read_config(metadata: Metadata, stored: Mapping[str, StoredTensor]) -> Mode
         metadata,
         tied=NAMES["lm_head.weight"] not in stored,
         bias=any(name.endswith("attn_q.bias") for name in stored),
-        rope_factors=stored[ROPE_FACTORS].read().astype(np.float32) if ROPE_FACTORS in stored else None,
+        factors=stored.get(ROPE_FACTORS),
     )
 
 

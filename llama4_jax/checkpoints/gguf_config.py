@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from llama4_jax.checkpoints.file_tensor import Source
 from llama4_jax.config import AttentionTemperature, ModelConfig, RopeScaling
 from llama4_jax.errors import UserError
 from llama4_jax.model.rotary import inverse_frequencies
@@ -78,14 +79,14 @@ class Metadata:
 # Reading
 
 
-def config_from_gguf(metadata: Metadata, tied: bool, bias: bool, rope_factors: np.ndarray | None) -> ModelConfig:
+def config_from_gguf(metadata: Metadata, tied: bool, bias: bool, factors: Source | None) -> ModelConfig:
     """The architecture that a GGUF describes.
 
     Args:
         metadata: of the file.
         tied: the file has no head of its own.
         bias: its attention has biases.
-        rope_factors: what wavelengths are multiplied by, if anything.
+        factors: what wavelengths are multiplied by, if anything.
 
     Raises:
         UserError: another architecture, or a value that is missing, invalid or not supported, naming file and key.
@@ -122,7 +123,7 @@ def config_from_gguf(metadata: Metadata, tied: bool, bias: bool, rope_factors: n
             head_dim=head_dim,
             dense_ffn_size=get("feed_forward_length"),
             rope_theta=theta,
-            rope_scaling=None if rope_factors is None else _read_scaling(metadata, arch, theta, head_dim, rope_factors),
+            rope_scaling=None if factors is None else _read_scaling(metadata, arch, theta, head_dim, factors),
             norm_eps=get("attention.layer_norm_rms_epsilon", kind=float),
             attention_bias=bias,
             tie_embeddings=tied,
@@ -172,10 +173,11 @@ def _read_special_ids(metadata: Metadata) -> dict[str, Any]:
     }
 
 
-def _read_scaling(metadata: Metadata, arch: str, theta: float, head_dim: int, factors: np.ndarray) -> RopeScaling | None:
+def _read_scaling(metadata: Metadata, arch: str, theta: float, head_dim: int, stored: Source) -> RopeScaling | None:
     """The scaling that gives these factors. Theirs is all that a GGUF has of it, so the known ones are tried."""
-    if factors.shape != (head_dim // 2,):
-        metadata.fail(ROPE_FACTORS, f"has shape {factors.shape}, but the head size makes it {(head_dim // 2,)}")
+    if stored.shape != (head_dim // 2,):
+        metadata.fail(ROPE_FACTORS, f"has shape {stored.shape}, but the head size makes it {(head_dim // 2,)}")
+    factors = stored.read().astype(np.float32)
     if (factors == 1).all():
         return None
     low_high = [tuple(metadata.optional(f"{arch}.rope.scaling.{which}_freq_factor", float) for which in ("low", "high"))]

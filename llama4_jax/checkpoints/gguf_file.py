@@ -110,13 +110,17 @@ class StoredTensor:
         """The part that slices (of step 1) of the leading axes select; only rows that it touches are read."""
         spans = [range(*limits) for limits in bounds(index, self.shape)]
         result = np.empty([len(span) for span in spans], self.dtype)
-        *outer, height, _ = (1, *self.shape)
-        *outer_spans, rows, columns = (range(1), *spans)
-        firsts = [0]  # of the row before which each block of rows lies
-        for size, span in zip(outer, outer_spans, strict=True):
+        sizes, ranges = [1, *self.shape[:-1]], [range(1), *spans[:-1]]  # of rows
+        while len(sizes) > 2 and len(ranges[-1]) == sizes[-1]:  # all of an axis: the one before it runs on
+            size, _, before = sizes.pop(), ranges.pop(), ranges.pop()
+            sizes[-1] *= size
+            ranges.append(range(before.start * size, before.stop * size))
+        (*outer, height), (*places, rows) = sizes, ranges
+        firsts = [0]  # of the blocks of rows that follow each other
+        for size, span in zip(outer, places, strict=True):
             firsts = [first * size + place for first in firsts for place in span]
-        for block, first in zip(result.reshape(len(firsts), len(rows), len(columns)), firsts, strict=True):
-            self._read_rows(block, first * height + rows.start, columns)
+        for block, first in zip(result.reshape(len(firsts), len(rows), len(spans[-1])), firsts, strict=True):
+            self._read_rows(block, first * height + rows.start, spans[-1])
         return result
 
     def _read_rows(self, result: np.ndarray, first: int, columns: range) -> None:
