@@ -217,7 +217,7 @@ def test_a_folder_without_weights_or_config_and_no_folder_at_all_are_named(folde
     (folder / "config.json").unlink()
     refused(folder, "config.json: no such file")
     refused(tmp_path / "nowhere", "nowhere: no such file or folder")
-    refused(folder / "generation_config.json", "is a file; give the folder")
+    refused(folder / "generation_config.json", "is a file, and no GGUF; give the folder")
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[1]", b'{"model_type": "llama4_text", "head_dim": 3}'])
