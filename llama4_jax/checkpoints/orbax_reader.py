@@ -55,10 +55,12 @@ class OrbaxReader:
         if is_weights(folder):
             settings = read_json(folder / CONFIG)
             self.config = config_from_json(settings.get("model"), str(folder / CONFIG))
+            self.beside = FilesBeside(folder)
             arrays = _open_arrays(folder / PARAMS)
         else:
             step = _step_folder(folder)
             experiment = step.parent.parent / EXPERIMENT
+            self.beside = FilesBeside(experiment.parent)
             self.config = config_from_settings(read_json(experiment), str(experiment))
             state = _open_arrays(step / STATE)
             if self.config.router_bias:
@@ -66,7 +68,6 @@ class OrbaxReader:
             arrays = {path[1:]: array for path, array in state.items() if path[0] == PARAMS}
         self._arrays, self._placed = arrays, {placed.name: placed for placed in layout(self.config)}
         _require_same_arrays(arrays, self.config, folder)
-        self.beside = FilesBeside(folder)
         self.tensors = {
             name: TensorInfo(placed.shape, _dtype(arrays[placed.path]), f"{folder}: parameter {'/'.join(placed.path)}")
             for name, placed in self._placed.items()

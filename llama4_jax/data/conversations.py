@@ -113,6 +113,7 @@ def prepare_conversations(
     Raises UserError for every fault of the sources, with file and line; for a picture that cannot be read (unless
     bad_images=skip); and when nothing is left to train on or to hold out.
     """
+    cache_dir = Path(cache_dir)
     if not config.sources:
         raise UserError("DataConfig.sources is empty: give files or folders of JSON lines")
     _require_room(config, model)

@@ -38,7 +38,7 @@ def prepare_corpus(
     progress: bool = True,
 ) -> Corpus:
     """The corpus that `config` names: prepare_text's, or with format=chat prepare_conversations', which asks for the `model`."""
-    options = {"document_window": document_window, "cache_dir": Path(cache_dir), "progress": progress}
+    options = {"document_window": document_window, "cache_dir": cache_dir, "progress": progress}
     if config.format == "text":
         return prepare_text(config, vocab_size=vocab_size, **options)
     if model is None:

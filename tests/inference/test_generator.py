@@ -56,7 +56,7 @@ def test_greedy_decoding_of_ragged_prompts_is_the_argmax_of_whole_passes(tiny, g
     for prompt, new in zip(PROMPTS, greedy, strict=True):
         row = np.zeros((1, 11 + NEW), np.int32)
         row[0, : len(prompt.tokens) + NEW] = [*prompt.tokens, *new]
-        logits = np.asarray(jax.jit(tiny.model.apply)(tiny._variables, row).logits[0])
+        logits = np.asarray(jax.jit(tiny.model.apply)({"params": tiny.params}, row).logits[0])
         places = slice(len(prompt.tokens) - 1, len(prompt.tokens) + NEW - 1)
         top = np.sort(logits[places], axis=-1)
         assert (top[:, -1] - top[:, -2] > 1e-4).all()  # no near tie: the comparison is of decoding, not of rounding
@@ -92,7 +92,7 @@ def test_a_stop_token_ends_a_row_and_not_its_neighbours(tiny, tokenizer, greedy)
     stop = greedy[0][1]
     assert stop != greedy[0][0]
     processor = Processor(tokenizer, CONFIG, stop_ids=[stop])
-    first, second = Generator(tiny.model, tiny._variables["params"], processor).complete(PROMPTS, limits=Limits(NEW))
+    first, second = Generator(tiny.model, tiny.params, processor).complete(PROMPTS, limits=Limits(NEW))
     assert first.tokens == greedy[0][:2] and first.finish_reason == "stop"
     until = greedy[1].index(stop) + 1 if stop in greedy[1] else NEW
     assert second.tokens == greedy[1][:until] and second.finish_reason == ("stop" if stop in greedy[1] else "length")
