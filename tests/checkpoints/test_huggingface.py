@@ -233,6 +233,8 @@ def test_a_corrupt_or_invalid_config_is_named(folder, content):
         ({}, "weight_map must map"),
         ({"lm_head.weight": 3}, "weight_map must map"),
         ({"lm_head.weight": "../other.safetensors"}, "is no file of this folder"),
+        ({"lm_head.weight": "two\nlines"}, "is no file of this folder"),
+        ({"lm_head.weight": "\ud800"}, "is no file of this folder"),
         ({"lm_head.weight": "gone.safetensors"}, "gone.safetensors: no such file"),
         (
             {"gone.weight": "part.safetensors"},
