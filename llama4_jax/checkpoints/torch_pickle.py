@@ -14,7 +14,7 @@ from typing import Any
 from llama4_jax.checkpoints.file_tensor import shown
 from llama4_jax.errors import UserError
 
-MAX_OPCODES = 2**19  # a published shard has some fifty thousand
+MAX_OPCODES = 2**18  # a published shard has some fifty thousand
 
 
 @dataclasses.dataclass(frozen=True)
