@@ -34,6 +34,11 @@ class Source(Protocol):
         """The part that `index` selects of the leading axes; all of it by default."""
 
 
+def shown(name: str) -> str:
+    """A stranger's name for something, as one line of a message can have it."""
+    return name[:200] if name.isprintable() else ascii(name[:200])
+
+
 def bounds(index: Index, shape: Sequence[int]) -> list[tuple[int, int]]:
     """Start and stop of each axis; axes that the index leaves out are whole."""
     index = (*index, *(slice(None),) * (len(shape) - len(index)))

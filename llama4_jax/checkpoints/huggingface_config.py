@@ -77,7 +77,7 @@ def _read_multimodal(keys: Keys) -> dict[str, Any]:
 
 def _read_llama4_text(keys: Keys) -> dict[str, Any]:
     keys.expect(_FIXED_TEXT)
-    layers = keys.get("num_hidden_layers", 48, int)
+    layers = keys.layers("num_hidden_layers", 48)
     rope, scaling = _read_rope(keys, default_theta=500_000.0)
     nope_layers, full_attention = _read_attention_pattern(keys, layers)
     moe_layers = _read_moe_layers(keys, layers)
@@ -129,7 +129,7 @@ def _read_sizes(
     return {
         "vocab_size": keys.get("vocab_size", vocab_size, int),
         "hidden_size": keys.get("hidden_size", hidden_size, int),
-        "num_layers": keys.get("num_hidden_layers", num_layers, int),
+        "num_layers": keys.layers("num_hidden_layers", num_layers),
         "num_heads": keys.get("num_attention_heads", num_heads, int),
         "norm_eps": keys.get("rms_norm_eps", eps, float),
         "attention_bias": keys.get("attention_bias", False, bool),
@@ -227,8 +227,8 @@ def _read_vision(keys: Keys) -> dict[str, Any]:
     width = keys.get("hidden_size", 768, int)
     mlp = keys.get("intermediate_size", 5632, int)
     ratio = keys.get("pixel_shuffle_ratio", 0.5, float)
-    if ratio <= 0:
-        keys.fail("pixel_shuffle_ratio", f"must be positive, got {ratio}")
+    if not 0.01 <= ratio <= 1:
+        keys.fail("pixel_shuffle_ratio", f"must be between 0.01 and 1, got {ratio}")
     if mlp != round(width / ratio**2):
         # transformers takes intermediate_size for the width after the pixel shuffle as well.
         keys.fail(
@@ -247,7 +247,7 @@ def _read_vision(keys: Keys) -> dict[str, Any]:
         keys.fail("rope_parameters", "must have rope_type 'default' in the vision tower")
     return {
         "hidden_size": width,
-        "num_layers": keys.get("num_hidden_layers", 34, int),
+        "num_layers": keys.layers("num_hidden_layers", 34),
         "num_heads": keys.get("num_attention_heads", 16, int),
         "mlp_size": mlp,
         "image_size": _square(keys, "image_size", 448),

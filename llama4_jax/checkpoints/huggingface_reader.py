@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from llama4_jax.checkpoints.file_tensor import FileTensor, InterleavedRows, Source
+from llama4_jax.checkpoints.file_tensor import FileTensor, InterleavedRows, Source, shown
 from llama4_jax.checkpoints.files import FilesBeside, read_json
 from llama4_jax.checkpoints.huggingface_config import config_from_hf
 from llama4_jax.checkpoints.readers import SourceReader
@@ -55,16 +55,16 @@ def _open_folder(folder: Path, stack: contextlib.ExitStack) -> dict[str, FileTen
         try:
             file = stack.enter_context(path.open("rb"))
         except FileNotFoundError:
-            raise UserError(f"{path}: no such file, but {INDEX} names it") from None
+            raise UserError(f"{folder / shown(filename)}: no such file, but {INDEX} names it") from None
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {error.strerror}") from None
         tensors = open_safetensors(file, path)
         for name in tensors if names is None else names:
             if name not in tensors:
-                raise UserError(f"{path}: tensor {name} is missing, but {INDEX} places it there")
+                raise UserError(f"{path}: tensor {shown(name)} is missing, but {INDEX} places it there")
             common = name.removeprefix("language_model.")
             if common in found:
-                raise UserError(f"{path}: tensor {name} is also {found[common].place}")
+                raise UserError(f"{path}: tensor {shown(name)} is also {found[common].place}")
             if not _IGNORED.search(name):
                 found[common] = tensors[name]
     return found
@@ -77,8 +77,8 @@ def _read_index(path: Path) -> dict[str, list[str]]:
         raise UserError(f"{path}: weight_map must map each tensor to its file")
     names_by_file: dict[str, list[str]] = {}
     for name, filename in weight_map.items():
-        if Path(filename).name != filename or "\0" in filename:
-            raise UserError(f"{path}: weight_map places {name} in {filename!r}, which is no file of this folder")
+        if Path(filename).name != filename or not filename.isprintable():
+            raise UserError(f"{path}: weight_map places {shown(name)} in {filename!r}, which is no file of this folder")
         names_by_file.setdefault(filename, []).append(name)
     return names_by_file
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from llama4_jax.errors import UserError
 
+MAX_NUMBER, MAX_LAYERS = 2**53, 4096
 _KINDS = {int: "an integer", float: "a number", bool: "true or false", list: "a list", dict: "an object", str: "a string"}
 
 
@@ -27,7 +28,16 @@ class Keys:
             return default
         accepted = (int, float) if kind is float else kind
         if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
-            self.fail(key, f"must be {_KINDS[kind]}, got {value!r}")
+            self.fail(key, f"must be {_KINDS[kind]}, got {value!r:.200}")
+        if kind in (int, float) and not abs(value) < MAX_NUMBER:
+            self.fail(key, f"is {value!r:.200}, beyond any model's")
+        return value
+
+    def layers(self, key: str, default: int | None) -> int:
+        """A number of layers: what follows is done for each, so a wild one is refused first."""
+        value = self.get(key, default, int)
+        if not 0 <= value <= MAX_LAYERS:
+            self.fail(key, f"must be between 0 and {MAX_LAYERS}, got {value}")
         return value
 
     def sub(self, key: str) -> "Keys":

@@ -58,6 +58,7 @@ def load_pretrained(
     """
     with open_checkpoint(path) as reader:
         reader = TextReader(reader) if text_only else reader
+        require_same_tensors(reader.tensors, reader.config, str(path))
         model = Llama4(reader.config)
         shardings = mesh and named_shardings(abstract_params(model), logical_axes(model), mesh)
         return model, load_params(reader, dtype=dtype, shardings=shardings, allow_nonfinite=allow_nonfinite, source=str(path))

@@ -40,7 +40,7 @@ def config_from_meta(params: Mapping[str, Any], shapes: Mapping[str, tuple[int, 
         return ModelConfig(
             vocab_size=vocab_size,
             hidden_size=dim,
-            num_layers=keys.get("n_layers", None, int),
+            num_layers=keys.layers("n_layers", None),
             num_heads=heads,
             num_kv_heads=keys.get("n_kv_heads", heads, int),
             head_dim=dim // max(heads, 1),
@@ -93,11 +93,11 @@ def _vision(keys: Keys) -> VisionConfig:
         if not keys.has(key):
             keys.fail(key, "is missing")
     ratio = keys.get("pixel_shuffle_ratio", None, float)
-    if ratio <= 0:
-        keys.fail("pixel_shuffle_ratio", f"must be positive, got {ratio}")
+    if not 0.01 <= ratio <= 1:
+        keys.fail("pixel_shuffle_ratio", f"must be between 0.01 and 1, got {ratio}")
     return VisionConfig(
         hidden_size=keys.get("dim", None, int),
-        num_layers=keys.get("n_layers", None, int),
+        num_layers=keys.layers("n_layers", None),
         num_heads=keys.get("n_heads", None, int),
         mlp_size=int(keys.get("mlp_ratio", None, float) * keys.get("dim", None, int)),
         image_size=side("image_size"),

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
-from llama4_jax.checkpoints.file_tensor import FileTensor
+from llama4_jax.checkpoints.file_tensor import FileTensor, shown
 from llama4_jax.errors import UserError
 
 MAX_HEADER_BYTES = 2**25  # a published shard's is below 2**20
@@ -43,14 +43,16 @@ def open_safetensors(file: BinaryIO, path: str | os.PathLike) -> dict[str, FileT
     header.pop("__metadata__", None)
     tensors, ends = {}, {}
     for name, entry in header.items():
-        place = f"{path}: tensor {name}"
+        place = f"{path}: tensor {shown(name)}"
         dtype, shape, (start, stop) = _checked_entry(entry, total - 8 - length, place)
         tensors[name] = FileTensor.contiguous(file, place, 8 + length + start, shape, dtype)
         ends[name] = start, stop
     end = 0
     for name, (start, stop) in sorted(ends.items(), key=lambda item: item[1]):
         if start != end:
-            raise UserError(f"{path}: tensor {name} begins at byte {start:,} of the data, but the one before ends at {end:,}")
+            raise UserError(
+                f"{path}: tensor {shown(name)} begins at byte {start:,} of the data, but the one before ends at {end:,}"
+            )
         end = stop
     if end != total - 8 - length:
         raise damaged(f"its tensors end at byte {end:,} of {total - 8 - length:,}")

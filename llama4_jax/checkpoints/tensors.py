@@ -53,7 +53,10 @@ class CheckpointReader(Protocol):
 
 
 class CheckpointWriter(Protocol):
-    """A checkpoint that is being written; it takes its tensors one by one and appears whole, or not at all."""
+    """A checkpoint that is being written; it takes its tensors one by one and appears whole, or not at all.
+
+    A writer that can go on after an interruption also has `done`, the names that need not be written again.
+    """
 
     def write(self, name: str, tensor: np.ndarray) -> None:
         """Raises UserError when the disk refuses, or the format has no place for the tensor."""

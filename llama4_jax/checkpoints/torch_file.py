@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
-from llama4_jax.checkpoints.file_tensor import FileTensor
+from llama4_jax.checkpoints.file_tensor import FileTensor, shown
 from llama4_jax.checkpoints.torch_pickle import TorchTensor, read_pickle
 from llama4_jax.errors import UserError
 
@@ -38,7 +38,7 @@ def open_torch(file: BinaryIO, path: str | os.PathLike) -> dict[str, FileTensor]
     if not isinstance(saved, dict):
         raise UserError(f"{path}: holds no dictionary of tensors")
     tensors = {name: value for name, value in saved.items() if isinstance(name, str) and isinstance(value, TorchTensor)}
-    return {name: _locate(tensor, entries, prefix, file, f"{path}: tensor {name}") for name, tensor in tensors.items()}
+    return {name: _locate(tensor, entries, prefix, file, f"{path}: tensor {shown(name)}") for name, tensor in tensors.items()}
 
 
 class _BoundedReads:
@@ -62,10 +62,10 @@ def _entries(file: BinaryIO, path: str | os.PathLike) -> dict[str, tuple[int, in
         infos = zipfile.ZipFile(_BoundedReads(file, total)).infolist()
     except Exception as error:  # zipfile's errors on damaged archives are of many kinds
         lines = str(error).splitlines() or [type(error).__name__]
-        raise UserError(f"{path}: truncated or not a file of torch.save: {lines[0]}") from None
+        raise UserError(f"{path}: truncated or not a file of torch.save: {shown(lines[0])}") from None
     entries = {}
     for info in infos:
-        place = f"{path}: entry {info.filename}"
+        place = f"{path}: entry {shown(info.filename)}"
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 or info.file_size != info.compress_size:
             raise UserError(f"{place} is compressed or encrypted, which torch.save never does")
         if info.filename in entries:
@@ -91,10 +91,10 @@ def _read(file: BinaryIO, entry: tuple[int, int]) -> bytes:
 def _locate(tensor: TorchTensor, entries: dict[str, tuple[int, int]], prefix: str, file: BinaryIO, place: str) -> FileTensor:
     """The tensor in its file, if its storage holds it."""
     if tensor.storage_type not in _DTYPES:
-        raise UserError(f"{place} has a {tensor.storage_type}; only {', '.join(_DTYPES)} can be read")
+        raise UserError(f"{place} has a {shown(tensor.storage_type)}; only {', '.join(_DTYPES)} can be read")
     dtype = _DTYPES[tensor.storage_type]
     if f"{prefix}data/{tensor.storage}" not in entries:
-        raise UserError(f"{place}: its numbers, entry data/{tensor.storage}, are missing")
+        raise UserError(f"{place}: its numbers, entry data/{shown(tensor.storage)}, are missing")
     start, size = entries[f"{prefix}data/{tensor.storage}"]
     if tensor.numel * dtype.itemsize != size:
         raise UserError(f"{place}: its storage of {tensor.numel:,} numbers does not match its {size:,} bytes")

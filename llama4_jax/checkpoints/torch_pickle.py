@@ -11,9 +11,10 @@ import pickletools
 from collections.abc import Callable
 from typing import Any
 
+from llama4_jax.checkpoints.file_tensor import shown
 from llama4_jax.errors import UserError
 
-MAX_OPCODES = 2**19  # a published shard has some fifty thousand
+MAX_OPCODES = 2**18  # a published shard has some fifty thousand
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +79,7 @@ def read_pickle(data: bytes, place: str) -> Any:
         OverflowError,
     ) as error:  # of genops, and of a stack without the operands
         lines = str(error).splitlines() or [""]
-        raise UserError(f"{place}: is damaged: {type(error).__name__} {lines[0][:200]}") from None
+        raise UserError(f"{place}: is damaged: {type(error).__name__} {shown(lines[0])}") from None
     raise UserError(f"{place}: is truncated")
 
 

@@ -217,7 +217,7 @@ def test_a_folder_without_weights_or_config_and_no_folder_at_all_are_named(folde
     (folder / "config.json").unlink()
     refused(folder, "config.json: no such file")
     refused(tmp_path / "nowhere", "nowhere: no such file or folder")
-    refused(folder / "generation_config.json", "is a file; give the folder")
+    refused(folder / "generation_config.json", "is a file, and no GGUF; give the folder")
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[1]", b'{"model_type": "llama4_text", "head_dim": 3}'])
@@ -233,6 +233,8 @@ def test_a_corrupt_or_invalid_config_is_named(folder, content):
         ({}, "weight_map must map"),
         ({"lm_head.weight": 3}, "weight_map must map"),
         ({"lm_head.weight": "../other.safetensors"}, "is no file of this folder"),
+        ({"lm_head.weight": "two\nlines"}, "is no file of this folder"),
+        ({"lm_head.weight": "\ud800"}, "is no file of this folder"),
         ({"lm_head.weight": "gone.safetensors"}, "gone.safetensors: no such file"),
         (
             {"gone.weight": "part.safetensors"},

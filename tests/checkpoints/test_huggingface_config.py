@@ -289,3 +289,51 @@ def test_transformers_reads_the_same_numbers_from_what_is_written(name, tmp_path
     config = transformers.AutoConfig.from_pretrained(tmp_path)
     config.save_pretrained(tmp_path / "again")
     assert config_from_hf(json.loads((tmp_path / "again" / "config.json").read_text())) == named_config(name)
+
+
+WILD = [
+    None,
+    True,
+    -1,
+    0,
+    1,
+    0.5,
+    1e-300,
+    1e308,
+    float("nan"),
+    float("inf"),
+    10**9,
+    10**30,
+    "x",
+    [],
+    [1, 2],
+    [None],
+    {},
+    {"a": 1},
+]
+
+
+@pytest.mark.parametrize("group", [None, "text_config", "vision_config"])
+def test_no_wild_value_is_more_than_one_line(group):
+    """Nor does any cost time or memory: a billion layers are refused before there is a list of them."""
+    keys = SCOUT if group is None else SCOUT[group]
+    refused = 0
+    for key in (*keys, "no_rope_layer_interval", "layer_types", "moe_layers", "rope_parameters", "floor_scale"):
+        for value in WILD:
+            changed = keys | {key: value}
+            try:
+                config_from_hf(changed if group is None else SCOUT | {group: changed}, source="config.json")
+            except UserError as error:
+                assert "\n" not in str(error) and len(str(error)) < 1000
+                refused += 1
+    assert refused > 50
+
+
+def test_image_tokens_go_both_ways():
+    config = config_from_hf(SCOUT | {"image_token_index": 5, "boi_token_index": 6, "eoi_token_index": 7})
+    vision = config.vision
+    assert (vision.patch_token_id, vision.image_start_token_id, vision.image_end_token_id) == (5, 6, 7)
+    written = config_to_hf(config)
+    assert (written["image_token_index"], written["boi_token_index"], written["eoi_token_index"]) == (5, 6, 7)
+    absent = {key: value for key, value in SCOUT.items() if not key.endswith("_token_index")}
+    assert config_from_hf(absent).vision == VisionConfig()

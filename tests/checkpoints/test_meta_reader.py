@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from llama4_jax.checkpoints.load import load_pretrained
+from llama4_jax.checkpoints.meta_config import config_from_meta
 from llama4_jax.checkpoints.meta_reader import MetaReader
 from llama4_jax.checkpoints.save import save_pretrained
 from llama4_jax.config import AttentionTemperature, ModelConfig, RopeScaling, VisionConfig
@@ -178,3 +179,29 @@ def test_wrong_params_are_refused_by_key(folder, params, words):
     path = folder / "params.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | params))
     refused(folder, "params.json", words)
+
+
+def test_no_wild_params_are_more_than_one_line():
+    shapes = {"model.embed_tokens.weight": (16, 16)}
+    sides = {"height": 8, "width": 8}
+    vision = {
+        "image_size": sides, "patch_size": sides, "dim": 8, "n_layers": 2, "n_heads": 2, "mlp_ratio": 4.0, "output_dim": 6,
+        "pixel_shuffle_ratio": 0.5,
+    }  # fmt: skip
+    params = {"dim": 16, "n_layers": 4, "n_heads": 4, "vision_args": vision, "moe_args": {"num_experts": 4}}
+    config_from_meta(params, shapes, "params.json")
+    wild = (None, True, -1, 0, 0.5, 1e-300, 1e308, float("nan"), float("inf"), 10**9, 10**30, "x", [], {}, {"a": 1})
+    keys = (*params, "n_kv_heads", "rope_theta", "norm_eps", "nope_layer_interval", "floor_scale", "use_qk_norm", "model")
+    refused = 0
+    for value in wild:
+        for changed in (
+            *(params | {key: value} for key in keys),
+            *(params | {"vision_args": vision | {key: value}} for key in vision),
+            params | {"moe_args": {"num_experts": 4, "interleave_moe_layer_step": value}},
+        ):
+            try:
+                config_from_meta(changed, shapes, "params.json")
+            except UserError as error:
+                assert "\n" not in str(error)
+                refused += 1
+    assert refused > 50

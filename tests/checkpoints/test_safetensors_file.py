@@ -72,6 +72,8 @@ def test_what_is_written_the_library_reads_the_same(tmp_path):
         (b'{"a": {"shape": [' + b"9" * 5000 + b"]}}", b"", None, "header cannot be read"),
         (b'{"a": 1, "a": 1}', b"", None, "a name occurs twice"),
         ({"a": 3}, b"", None, "tensor a is not described"),
+        ({"a\nb\x1b[2J": 3}, b"", None, r"tensor 'a\nb\x1b[2J' is not described"),
+        (rb'{"\ud800": 3}', b"", None, r"tensor '\ud800' is not described"),
         ({"a": entry() | {"shape": "x"}}, b"12345678", None, "tensor a is not described"),
         ({"a": entry() | {"shape": [True, 2]}}, b"12345678", None, "tensor a is not described"),
         ({"a": entry() | {"data_offsets": [0]}}, b"12345678", None, "tensor a is not described"),

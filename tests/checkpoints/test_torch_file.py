@@ -14,6 +14,7 @@ from llama4_jax.checkpoints.torch_pickle import MAX_OPCODES, read_pickle
 from llama4_jax.errors import UserError
 
 NUMBERS = np.arange(12, dtype=np.float32)
+CONTENT = NUMBERS.tobytes()
 
 
 # The instructions of a pickle, written by hand: what torch.save writes, and what it would never
@@ -51,7 +52,7 @@ def saved(**values):
     return b"\x80\x02}(" + b"".join(text(name) + value for name, value in values.items()) + b"u."
 
 
-def archive(path, program, numbers=NUMBERS.tobytes(), compression=zipfile.ZIP_STORED, **entries):
+def archive(path, program, numbers=CONTENT, compression=zipfile.ZIP_STORED, **entries):
     with zipfile.ZipFile(path, "w", compression) as file:
         file.writestr("model/data.pkl", program)
         for name, content in {"data/0": numbers, "version": b"3\n"}.items() | entries.items():

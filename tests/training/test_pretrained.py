@@ -8,9 +8,9 @@ import pytest
 
 import llama4_jax as l4
 from llama4_jax.app import load_experiment
-from llama4_jax.config import MeshConfig
+from llama4_jax.config import MeshConfig, VisionConfig
 from llama4_jax.errors import UserError
-from llama4_jax.model.llama4 import Llama4, init_params
+from llama4_jax.model.llama4 import Llama4, abstract_params, init_params
 from llama4_jax.parallel.mesh import make_mesh
 from llama4_jax.training.loop import train
 from llama4_jax.training.optimizer import make_optimizer
@@ -50,6 +50,20 @@ def test_another_architecture_is_refused_by_its_fields(folder):
     layers = dataclasses.replace(experiment.model, nope_layers=())
     with pytest.raises(UserError, match="layer_kinds"):
         with_pretrained(fresh_state(experiment), layers, str(folder))
+
+
+def test_a_text_model_takes_the_text_of_a_multimodal_one_but_not_the_reverse(folder, tmp_path):
+    experiment = get_config()
+    vision = VisionConfig(hidden_size=8, num_layers=1, num_heads=2, mlp_size=32, image_size=8, patch_size=4, adapter_size=5)
+    seeing = dataclasses.replace(experiment.model, vision=vision)
+    params = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), abstract_params(Llama4(seeing)))
+    l4.save_pretrained(tmp_path / "seeing", seeing, params)
+    before = fresh_state(experiment)
+    state = with_pretrained(before, experiment.model, str(tmp_path / "seeing"))
+    text = {name: tree for name, tree in params.items() if name != "vision"}
+    jax.tree.map(np.testing.assert_array_equal, state.params, text)
+    with pytest.raises(UserError, match=r"model.vision is None there and VisionConfig"):
+        with_pretrained(before, seeing, str(folder))
 
 
 def test_a_run_starts_from_the_folder(folder, tmp_path):
