@@ -8,7 +8,7 @@ batch = next(batches)
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 
 import grain
@@ -181,12 +181,29 @@ def _require_fitting_weights(corpus: Corpus, config: DataConfig) -> None:
                 raise UserError(f"the source {source} has a weight but no document to train on: all are held out or duplicates")
 
 
-def heldout_batches(corpus: Corpus, config: DataConfig, *, process_index: int = 0, process_count: int = 1) -> Iterator[Batch]:
-    """Every held-out row exactly once, in order; empty rows fill the last batch. All batches have one shape."""
-    part = _part_of_batch(config, process_index, process_count)
-    for first in range(0, len(corpus.heldout), config.batch_size):
-        rows = np.arange(first, min(first + config.batch_size, len(corpus.heldout)))
-        yield corpus.heldout.batch(rows[part], batch_size=part.stop - part.start)
+class HeldoutBatches(Sequence):
+    """Every held-out row exactly once, in order; empty rows fill the last batch. All batches have one shape.
+
+    A batch is made when it is asked for: pictures that are held out need not fit into memory.
+    """
+
+    def __init__(self, corpus: Corpus, config: DataConfig, process_index: int, process_count: int):
+        self._rows, self._size = corpus.heldout, config.batch_size
+        self._part = _part_of_batch(config, process_index, process_count)
+
+    def __len__(self) -> int:
+        return -(-len(self._rows) // self._size)
+
+    def __getitem__(self, index: int) -> Batch:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        rows = np.arange(index * self._size, min((index + 1) * self._size, len(self._rows)))
+        return self._rows.batch(rows[self._part], batch_size=self._part.stop - self._part.start)
+
+
+def heldout_batches(corpus: Corpus, config: DataConfig, *, process_index: int = 0, process_count: int = 1) -> HeldoutBatches:
+    """The held-out batches of this process, which gets its equal part of each. Raises UserError as train_batches does."""
+    return HeldoutBatches(corpus, config, process_index, process_count)
 
 
 def _part_of_batch(config: DataConfig, process_index: int, process_count: int) -> slice:

@@ -5,11 +5,12 @@ carries beside them, as often as wanted: `evaluate(params, model_state) -> {name
 """
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from llama4_jax.config import EvaluationConfig
+from llama4_jax.data.batch import Batch
 from llama4_jax.errors import UserError
 from llama4_jax.evaluation.bits_per_byte import bits_per_byte
 
@@ -32,7 +33,7 @@ class EvaluationContext:
     model: Any
     mesh: Any
     corpus: Any
-    batches: list
+    batches: Sequence[Batch]
     config: EvaluationConfig
 
 

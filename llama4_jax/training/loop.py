@@ -154,7 +154,7 @@ class _Sitting:
     def _make_evaluations(self) -> dict[str, Evaluate]:
         if not self.experiment.evaluations:
             return {}
-        batches = list(heldout_batches(self.corpus, self.experiment.data, **_this_process()))
+        batches = heldout_batches(self.corpus, self.experiment.data, **_this_process())
         return {
             name: EVALUATIONS[config.function](EvaluationContext(self.model, self.mesh, self.corpus, batches, config))
             for name, config in self.experiment.evaluations.items()
