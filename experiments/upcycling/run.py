@@ -76,18 +76,18 @@ def smollm2_parent(workdir: Path) -> tuple[Path, l4.Experiment, str]:
             tokenizer=str(folder / "tokenizer.json"),
             heldout_fraction=0.02,
             sequence_length=128,
-            batch_size=4,
+            batch_size=2,
         ),
-        optimizer=l4.OptimizerConfig(learning_rate=1e-4, warmup_steps=5, final_fraction=0.0, weight_decay=0.0),
+        optimizer=l4.OptimizerConfig(learning_rate=2e-4, warmup_steps=5, final_fraction=0.0, weight_decay=0.0),
         evaluations=HELDOUT,
         checkpoint=l4.CheckpointConfig(every=10_000, keep=1),
-        steps=40,
+        steps=30,
         log_every=5,
     )
     return folder, experiment, "experts:4,every:6"
 
 
-PARENTS = {"small": (small_parent, (1e-3, 3e-3)), "smollm2": (smollm2_parent, (1e-4,))}
+PARENTS = {"small": (small_parent, (1e-3, 3e-3)), "smollm2": (smollm2_parent, (2e-4,))}
 
 
 def main() -> None:
