@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from llama4_jax.config import ModelConfig
+from llama4_jax.config import ModelConfig, VisionConfig
 
 
 def active_matmul_parameters(config: ModelConfig) -> int:
@@ -32,6 +32,17 @@ def training_flops_per_token(config: ModelConfig, sequence_length: int) -> float
 
     attention = sum(12 * config.num_heads * config.head_dim * visible_keys(kind.uses_rope) for kind in config.layer_kinds)
     return 6 * active_matmul_parameters(config) + attention
+
+
+def training_flops_per_tile(vision: VisionConfig, text_size: int) -> float:
+    """FLOPs of the vision tower for one image tile of a training step, counted as those of a token: all patches see each other."""
+    D, A = vision.hidden_size, vision.adapter_size
+    patches = (vision.image_size // vision.patch_size) ** 2
+    merged, side = patches * vision.pixel_shuffle_ratio**2, 1 / vision.pixel_shuffle_ratio
+    layers = (patches + 1) * vision.num_layers * (4 * D * D + 2 * D * vision.mlp_size)
+    embedding = patches * vision.patch_size**2 * vision.num_channels * D
+    adapter = merged * (side**2 * D * A + A * A + A * text_size)
+    return 6 * (layers + embedding + adapter) + vision.num_layers * 12 * D * (patches + 1) ** 2
 
 
 # Dense bfloat16 FLOP/s of one JAX device, by jax.Device.device_kind.

@@ -25,7 +25,7 @@ from llama4_jax.parallel.rules import put_batch, use_mesh
 from llama4_jax.parallel.table import sharding_table
 from llama4_jax.processing.processor import Processor
 from llama4_jax.training.balancing import bias_balancing
-from llama4_jax.training.flops import peak_of, training_flops_per_token
+from llama4_jax.training.flops import peak_of, training_flops_per_tile, training_flops_per_token
 from llama4_jax.training.objective import Metrics, cross_entropy_objective
 from llama4_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from llama4_jax.training.pretrained import with_pretrained
@@ -214,7 +214,11 @@ class _Sitting:
         compiled = step.lower(self.state, batch).compile()
         data = self.experiment.data
         self.tokens_per_step = data.batch_size * data.sequence_length
-        self.flops_per_step = self.tokens_per_step * training_flops_per_token(self.experiment.model, data.sequence_length)
+        model = self.experiment.model
+        self.flops_per_step = self.tokens_per_step * training_flops_per_token(model, data.sequence_length)
+        if data.image_slots:
+            tiles = data.batch_size * data.image_slots
+            self.flops_per_step += tiles * training_flops_per_tile(model.vision, model.hidden_size)
         self.peak = peak_of(self.mesh.devices.flatten().tolist(), self.experiment.execution.compute_dtype)
         write_whole(self.run.folder / "sharding.txt", sharding_table(self.state.params, self.mesh) + "\n")
         self.progress.say(memory_summary(compiled, self.mesh.devices.flat[0]))
