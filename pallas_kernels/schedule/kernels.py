@@ -1,29 +1,33 @@
 """The kernels that the tool knows by name: the bars (jax's own) and this package's."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.aot import Case
+from pallas_kernels.grouped_matmul import shapes as grouped
+from pallas_kernels.grouped_matmul import tpu
 
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
     """Attributes:
     build: the case to compile; see `aot.Request`.
-    listing: how the kernel's name begins in the compiler's listing.
+    listing: the kernel's name in the compiler's listing.
     tile: what one tile is, in words.
     macs: multiply-accumulates that one tile asks for.
-    steps: grid steps that share what happens once (a cleared accumulator, a finished output).
+    steps: grid steps that share what is guarded and holds no matrix work (a cleared accumulator, a finished output); None:
+        a tile with work never runs it.
     """
 
     build: Callable[[Sequence], Case]
     listing: str
     tile: str
     macs: int
-    steps: int
+    steps: int | None
 
 
 def _abstract(*shape: int, dtype=jnp.bfloat16) -> jax.ShapeDtypeStruct:
@@ -67,12 +71,30 @@ def _splash(T: int, heads: int, H: int, q: int, kv: int, compute: int, *, backwa
         return Case(gradients, (*arguments, arguments[0])) if backward else Case(kernel, arguments)
 
     products = 5 if backward else 2
-    listing = "splash_mqa_dkv" if backward else "splash_mqa_fwd"
+    listing = "splash_mqa_dkv_no_residuals" if backward else "splash_mqa_fwd_no_residuals"
     tile = f"{q}x{kv} scores ({compute} keys at a time), head size {H}, T = S = {T}, {heads} query heads of one KV head"
     return Kernel(build, listing, tile, products * q * kv * H, T // kv)
 
 
+def _grouped(listing: str, op: str, gradients: bool = False) -> Kernel:
+    size = grouped.SHAPES["scout"]
+    halves = 2 if op == "grouped_swiglu" else 1
+    contraction, N = (size.F * halves, size.D) if listing.endswith("transposed") else (size.D, size.F)
+    tiling = tpu.choose_tiling(size.M, contraction, N, 1 if gradients else halves, 2)
+    rows, depth, columns = tiling.rows, contraction, tiling.columns
+    if listing.endswith("gradient"):
+        rows, depth, columns = tpu.GRADIENT_TILING.rows, tpu.GRADIENT_TILING.columns, tpu.GRADIENT_TILING.columns
+    tile = f"{rows}x{depth}x{columns * halves} of [{size.M},{size.D}]x[{size.G},{size.D},{size.F * halves}]"
+    steps = size.M // rows // size.G + 1 if listing.endswith("gradient") else None
+    build = functools.partial(grouped.case, shape="scout", op=op, gradients=gradients)
+    return Kernel(build, listing, tile, rows * depth * columns * (1 if gradients else halves), steps)
+
+
 KERNELS: dict[str, Kernel] = {
+    "grouped_matmul": _grouped("grouped_matmul", "grouped_matmul"),
+    "grouped_matmul_transposed": _grouped("grouped_matmul_transposed", "grouped_matmul", gradients=True),
+    "grouped_matmul_gradient": _grouped("grouped_matmul_gradient", "grouped_matmul", gradients=True),
+    "grouped_swiglu": _grouped("grouped_swiglu", "grouped_swiglu"),
     "megablox": _megablox(8192, 5120, 8192, 16, (512, 1024, 1024)),
     "splash": _splash(8192, 5, 128, 512, 1024, 1024),
     "splash_large": _splash(8192, 5, 128, 1024, 2048, 1024),

@@ -140,7 +140,7 @@ def report(op: str, tpu: str, kernel: Kernel, program: Program) -> Report:
     ways, asides = _ways(body, kernel)
     runs: dict[int, float | None] = {}
     for block in body:
-        share = 1 / kernel.steps if any(guard in asides for guard in block.guards) else 1.0
+        share = _share(block, asides, kernel)
         way = any(guard in ways for guard in block.guards)
         runs[block.start] = None if way and len(ways) > 1 else share * _trips(block)
     choices = ways if len(ways) > 1 else [None]
@@ -171,7 +171,7 @@ def _tile(body, way, ways, asides, kernel: Kernel, capacity) -> Tile:
     for block in body:
         if any(guard in ways and guard != way for guard in block.guards):
             continue
-        share = _trips(block) / (kernel.steps if any(guard in asides for guard in block.guards) else 1)
+        share = _trips(block) * _share(block, asides, kernel)
         bundles += share * block.bundles
         floor += share * max(block.bundles, *block.matmul_cycles.values(), 0)
         for unit, used in block.slots.items():
@@ -192,6 +192,13 @@ def _tile(body, way, ways, asides, kernel: Kernel, capacity) -> Tile:
     )
 
 
+def _share(block: Block, asides: list[Guard], kernel: Kernel) -> float:
+    """Of the tiles for which a block runs."""
+    if not any(guard in asides for guard in block.guards):
+        return 1.0
+    return 1 / kernel.steps if kernel.steps else 0.0
+
+
 def _trips(block: Block) -> int:
     """Of the loops inside the grid's, times one another; a loop of unknown length counts once."""
     trips = 1
@@ -201,8 +208,8 @@ def _trips(block: Block) -> int:
 
 
 def _listings(folder: Path, kind: str, kernel: str) -> list[tuple[str, Path]]:
-    """Listings of one kind of kernels whose name begins so, oldest first, each with what is common to a kernel's listings."""
-    pattern = re.compile(rf"(\d+-{re.escape(kernel)}[^/]*?)-\d+-{kind}\.txt")
+    """Listings of one kind of the kernels of that name, oldest first, each with what is common to a kernel's listings."""
+    pattern = re.compile(rf"(\d+-{re.escape(kernel)}(?:\.\d+)?)-\d+-{kind}\.txt")
     return sorted((match[1], path) for path in folder.iterdir() if (match := pattern.fullmatch(path.name)))
 
 
