@@ -18,7 +18,7 @@ from pallas_kernels.grouped_matmul import visits as planning
 
 VMEM_BYTES = 56 * 2**20  # of the smallest VMEM, tpu7x's 64 MiB, less what the compiler needs for itself
 TILES = ((512, 1024), (384, 1024), (512, 512), (256, 512), (512, 256), (256, 256), (128, 128))  # rows, columns; the best first
-MAX_PIECE = 2560  # shorter pieces begin and end more often, longer ones make more code
+PIECE_WORK = 512 * 2560 * 1024  # multiply-accumulates; smaller pieces begin and end more often, larger ones make more code
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,7 +204,7 @@ def _rows_kernel(tile, group, source, source_group, start, stop, x, *refs, halve
 # The matrices' gradient: products over the rows of each group
 
 
-GRADIENT_TILING = Tiling(rows=512, columns=1024, piece=0)
+GRADIENT_TILING = Tiling(rows=512, columns=2048, piece=1024)  # the output's tile is piece x columns
 
 
 def _columns_product(lhs, dout, rhs, group_sizes, group_offset, tiling, interpret):
@@ -213,7 +213,7 @@ def _columns_product(lhs, dout, rhs, group_sizes, group_offset, tiling, interpre
     tiling = tiling or GRADIENT_TILING
     rows = tiling.rows
     plan = planning.by_group(*planning.spans(G, group_sizes, group_offset), M, rows)
-    td, tf = (_divisor(size, tiling.columns) for size in (D, F))
+    td, tf = _divisor(D, tiling.piece), _divisor(F, tiling.columns)
     return pl.pallas_call(
         _columns_kernel,
         out_shape=jax.ShapeDtypeStruct((G, D, F), rhs.dtype),
@@ -245,7 +245,9 @@ def _columns_kernel(tile, group, source, source_group, start, stop, x, dy, out, 
     visit, last = pl.program_id(2), pl.num_programs(2) - 1
     top, begin, end = tile[visit] * rows, start[visit], stop[visit]
 
-    @pl.when((visit == 0) | (group[jnp.maximum(visit - 1, 0)] != group[visit]))
+    first = (visit == 0) | (group[jnp.maximum(visit - 1, 0)] != group[visit])
+
+    @pl.when(first & (begin >= end))
     def _clear():
         total[...] = jnp.zeros_like(total)
 
@@ -254,7 +256,8 @@ def _columns_kernel(tile, group, source, source_group, start, stop, x, dy, out, 
         row = top + jax.lax.broadcasted_iota(jnp.int32, (rows, 1), 0)
         mine = (row >= begin) & (row < end)
         zero = jnp.zeros((), x.dtype)  # other groups' rows, and whatever lies after the last row
-        total[...] += _dot(jnp.where(mine, x[...], zero), jnp.where(mine, dy[...], zero), 0, 0)
+        product = _dot(jnp.where(mine, x[...], zero), jnp.where(mine, dy[...], zero), 0, 0)
+        total[...] = jnp.where(first, 0.0, total[...]) + product
 
     @pl.when((visit == last) | (group[jnp.minimum(visit + 1, last)] != group[visit]))
     def _write():
@@ -266,9 +269,9 @@ def _columns_kernel(tile, group, source, source_group, start, stop, x, dy, out, 
 
 def choose_tiling(M: int, contraction: int, N: int, halves: int, bytes_: int) -> Tiling:
     """The first of TILES whose blocks, two of each, fit into VMEM; the smallest one if none does."""
-    piece = _divisor(contraction, MAX_PIECE)
     for rows, columns in TILES:
         rows, columns = min(rows, -(-M // 16) * 16), _divisor(N, columns)
+        piece = _divisor(contraction, PIECE_WORK // (rows * columns * halves))
         blocks = rows * contraction + halves * contraction * columns + rows * columns
         if 2 * bytes_ * blocks + 4 * halves * rows * columns * (contraction > piece) <= VMEM_BYTES:
             break

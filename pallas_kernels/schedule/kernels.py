@@ -47,6 +47,20 @@ def _megablox(M: int, D: int, F: int, G: int, tiling: tuple[int, int, int]) -> K
     return Kernel(build, "gmm", f"{m}x{k}x{n} of [{M},{D}]x[{G},{D},{F}]", m * k * n, D // k)
 
 
+def _megablox_gradient(M: int, D: int, F: int, G: int, tiling: tuple[int, int, int]) -> Kernel:
+    def build(devices):
+        from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
+
+        def function(lhs, dout, sizes):
+            return tgmm(lhs.T, dout, sizes, preferred_element_type=jnp.bfloat16, tiling=tiling)
+
+        return Case(function, (_abstract(M, D), _abstract(M, F), _abstract(G, dtype=jnp.int32)))
+
+    m, k, n = tiling
+    tile = f"{k}x{m}x{n} of [{M},{D}]^T x [{M},{F}] for each of {G} groups"
+    return Kernel(build, "tgmm", tile, m * k * n, M // G // m + 1)
+
+
 def _splash(T: int, heads: int, H: int, q: int, kv: int, compute: int, *, backward: bool = False) -> Kernel:
     def build(devices):
         from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
@@ -76,26 +90,33 @@ def _splash(T: int, heads: int, H: int, q: int, kv: int, compute: int, *, backwa
     return Kernel(build, listing, tile, products * q * kv * H, T // kv)
 
 
-def _grouped(listing: str, op: str, gradients: bool = False) -> Kernel:
-    size = grouped.SHAPES["scout"]
-    halves = 2 if op == "grouped_swiglu" else 1
-    contraction, N = (size.F * halves, size.D) if listing.endswith("transposed") else (size.D, size.F)
-    tiling = tpu.choose_tiling(size.M, contraction, N, 1 if gradients else halves, 2)
-    rows, depth, columns = tiling.rows, contraction, tiling.columns
-    if listing.endswith("gradient"):
-        rows, depth, columns = tpu.GRADIENT_TILING.rows, tpu.GRADIENT_TILING.columns, tpu.GRADIENT_TILING.columns
-    tile = f"{rows}x{depth}x{columns * halves} of [{size.M},{size.D}]x[{size.G},{size.D},{size.F * halves}]"
-    steps = size.M // rows // size.G + 1 if listing.endswith("gradient") else None
-    build = functools.partial(grouped.case, shape="scout", op=op, gradients=gradients)
-    return Kernel(build, listing, tile, rows * depth * columns * (1 if gradients else halves), steps)
+def _grouped(op: str, shape: str = "scout") -> Kernel:
+    size, halves = grouped.SHAPES[shape], 2 if op == "grouped_swiglu" else 1
+    tiling = tpu.choose_tiling(size.M, size.D, size.F, halves, 2)
+    tile = f"{tiling.rows}x{size.D}x{tiling.columns * halves} of [{size.M},{size.D}]x[{size.G},{size.D},{size.F * halves}]"
+    build = functools.partial(grouped.case, shape=shape, op=op)
+    return Kernel(build, op, tile, tiling.rows * size.D * tiling.columns * halves, None)
+
+
+def _grouped_gradients(lhs: bool, shape: str = "scout") -> Kernel:
+    size = grouped.SHAPES[shape]
+    build = functools.partial(grouped.case, shape=shape, gradients=True)
+    if lhs:
+        tiling = tpu.choose_tiling(size.M, size.F, size.D, 1, 2)
+        tile = f"{tiling.rows}x{size.F}x{tiling.columns} of [{size.M},{size.F}]x[{size.G},{size.D},{size.F}]^T"
+        return Kernel(build, "grouped_matmul_transposed", tile, tiling.rows * size.F * tiling.columns, None)
+    rows, columns, piece = dataclasses.astuple(tpu.GRADIENT_TILING)
+    tile = f"{piece}x{rows}x{columns} of [{size.M},{size.D}]^T x [{size.M},{size.F}] for each of {size.G} groups"
+    return Kernel(build, "grouped_matmul_gradient", tile, rows * columns * piece, size.M // size.G // rows + 1)
 
 
 KERNELS: dict[str, Kernel] = {
-    "grouped_matmul": _grouped("grouped_matmul", "grouped_matmul"),
-    "grouped_matmul_transposed": _grouped("grouped_matmul_transposed", "grouped_matmul", gradients=True),
-    "grouped_matmul_gradient": _grouped("grouped_matmul_gradient", "grouped_matmul", gradients=True),
-    "grouped_swiglu": _grouped("grouped_swiglu", "grouped_swiglu"),
+    "grouped_matmul": _grouped("grouped_matmul"),
+    "grouped_swiglu": _grouped("grouped_swiglu"),
+    "grouped_matmul_dlhs": _grouped_gradients(lhs=True),
+    "grouped_matmul_drhs": _grouped_gradients(lhs=False),
     "megablox": _megablox(8192, 5120, 8192, 16, (512, 1024, 1024)),
+    "megablox_drhs": _megablox_gradient(8192, 5120, 8192, 16, (512, 1024, 1024)),
     "splash": _splash(8192, 5, 128, 512, 1024, 1024),
     "splash_large": _splash(8192, 5, 128, 1024, 2048, 1024),
     "splash_backward": _splash(8192, 5, 128, 512, 1024, 1024, backward=True),

@@ -208,8 +208,11 @@ def _trips(block: Block) -> int:
 
 
 def _listings(folder: Path, kind: str, kernel: str) -> list[tuple[str, Path]]:
-    """Listings of one kind of the kernels of that name, oldest first, each with what is common to a kernel's listings."""
-    pattern = re.compile(rf"(\d+-{re.escape(kernel)}(?:\.\d+)?)-\d+-{kind}\.txt")
+    """Listings of one kind of the kernels of that name, oldest first, each with what is common to a kernel's listings.
+
+    A kernel called while differentiating has its name in transpose_jvp_..._.
+    """
+    pattern = re.compile(rf"(\d+-(?:transpose_|jvp_)*{re.escape(kernel)}_*(?:\.\d+)?)-\d+-{kind}\.txt")
     return sorted((match[1], path) for path in folder.iterdir() if (match := pattern.fullmatch(path.name)))
 
 

@@ -171,14 +171,25 @@ def test_blocks_of_the_default_tiling_fit_into_vmem(shape):
         assert 4 * blocks + 4 * halves * tiling.rows * tiling.columns <= tpu.VMEM_BYTES
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not aot.available(), reason="needs libtpu (pip install libtpu)")
-@pytest.mark.parametrize("chip", aot.TOPOLOGIES)
-def test_every_kernel_compiles_for_tpus(chip):
-    requests = [
-        aot.Request("pallas_kernels.grouped_matmul.shapes:case", {"shape": shape, "op": op, "gradients": gradients})
-        for shape, op in [("scout", "grouped_matmul"), ("scout_down", "grouped_matmul"), ("scout", "grouped_swiglu")]
-        for gradients in (False, True)
-    ]
+needs_libtpu = pytest.mark.skipif(not aot.available(), reason="needs libtpu (pip install libtpu)")
+
+
+def compiles(chip, *options):
+    requests = [aot.Request("pallas_kernels.grouped_matmul.shapes:case", option) for option in options]
     for outcome in aot.compile_for(chip, requests):
         assert outcome.error is None, (outcome.request, outcome.error)
+
+
+@needs_libtpu
+def test_forward_and_fused_compile_for_a_tpu():
+    compiles("v6e", {"shape": "scout"}, {"shape": "scout", "op": "grouped_swiglu"})
+
+
+@pytest.mark.slow
+@needs_libtpu
+@pytest.mark.parametrize("chip", aot.TOPOLOGIES)
+@pytest.mark.parametrize(
+    ("shape", "op"), [("scout", "grouped_matmul"), ("scout_down", "grouped_matmul"), ("scout", "grouped_swiglu")]
+)
+def test_forward_and_gradients_compile_for_every_tpu(chip, shape, op):
+    compiles(chip, {"shape": shape, "op": op}, {"shape": shape, "op": op, "gradients": True})
