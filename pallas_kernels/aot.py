@@ -8,6 +8,7 @@ finds a fault, and reads its flags once; so every compilation here happens in a 
         assert outcome.error is None, outcome.error
 """
 
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -31,10 +32,12 @@ class Case:
     Attributes:
         function: anything that `jax.jit` takes, or what `jax.jit` returned.
         arguments: pytrees of `jax.ShapeDtypeStruct`; one without a sharding lies on the first device.
+        mesh: the `jax.sharding.Mesh` to be set while tracing, if any.
     """
 
     function: Callable
     arguments: tuple
+    mesh: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +133,8 @@ def _serve(tpu: str, requests: list[Request]) -> None:
             module, _, name = request.builder.partition(":")
             builder = functools.reduce(getattr, name.split("."), importlib.import_module(module))
             case = builder(devices, **request.options)
-            compiled = jax.jit(case.function).lower(*jax.tree.map(place, case.arguments)).compile()
+            with contextlib.nullcontext() if case.mesh is None else jax.set_mesh(case.mesh):
+                compiled = jax.jit(case.function).lower(*jax.tree.map(place, case.arguments)).compile()
             temporary = compiled.memory_analysis().temp_size_in_bytes
         except Exception as failure:
             error = f"{type(failure).__name__}: {failure}"

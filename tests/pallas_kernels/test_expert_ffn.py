@@ -108,11 +108,14 @@ def test_the_tpu_kernels_interpreted(X):
     x, scores, gate_up, down = inputs(37, X, 4, D=128, F=128)
     dout = jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape)
     tiled = functools.partial(ragged.expert_ffn_tpu, tiling=Tiling(16, 128, 128), interpret=True)
-    results = []
-    for function in (tiled, functools.partial(expert_ffn, implementation="reference")):
-        y, back = jax.vjp(lambda x, s, g, d, function=function: function(x, experts, s, g, d), x, scores, gate_up, down)
-        results.append((y, *back(dout)))
-    for got, want in zip(*results, strict=True):
+
+    def gradients(function, dout, *arguments):
+        y, back = jax.vjp(lambda x, s, g, d: function(x, experts, s, g, d), *arguments)
+        return y, *back(dout)
+
+    reference = functools.partial(expert_ffn, implementation="reference")
+    both = (jax.jit(functools.partial(gradients, function))(dout, x, scores, gate_up, down) for function in (tiled, reference))
+    for got, want in zip(*both, strict=True):
         np.testing.assert_allclose(got, want, atol=2e-5 * max(1.0, float(jnp.abs(want).max())))
 
 
