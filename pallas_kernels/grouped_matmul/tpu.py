@@ -45,6 +45,8 @@ def grouped_matmul(lhs, rhs, group_sizes, group_offset, *, tiling: Tiling | None
         NotImplementedError: dtypes other than bfloat16 or float32 (the same of both), or D or F no multiple of 128.
     """
     _check(lhs, rhs)
+    if not lhs.shape[0]:
+        return jnp.zeros((0, rhs.shape[2]), lhs.dtype)
     return _grouped_matmul(lhs, rhs, group_sizes, group_offset, tiling, interpret)
 
 
@@ -53,6 +55,8 @@ def grouped_swiglu(lhs, gate_up, group_sizes, group_offset, *, tiling: Tiling | 
     _check(lhs, gate_up)
     if gate_up.shape[2] % 256:
         raise NotImplementedError(f"grouped_swiglu on TPU: F must be a multiple of 128, not {gate_up.shape[2] // 2}")
+    if not lhs.shape[0]:
+        return jnp.zeros((0, gate_up.shape[2] // 2), lhs.dtype)
     return _grouped_swiglu(lhs, gate_up, group_sizes, group_offset, tiling, interpret)
 
 
