@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import aot
 from pallas_kernels.grouped_matmul import grouped_matmul, grouped_swiglu, reference, tpu, visits, xla
@@ -33,8 +34,8 @@ OPERATIONS = ["grouped_matmul", "grouped_swiglu"]
 
 
 @functools.cache
-def interpreted(op, tiling=TILING):
-    return functools.partial(getattr(tpu, op), tiling=tiling, interpret=True)
+def interpreted(op, tiling=TILING, interpret=True):
+    return functools.partial(getattr(tpu, op), tiling=tiling, interpret=interpret)
 
 
 def operands(M, G, dtype=jnp.float32, seed=0):
@@ -134,6 +135,14 @@ def test_garbage_in_rows_of_nobody_reaches_no_sum():
     dlhs, drhs = back(jnp.ones_like(out).at[20:].set(jnp.nan))
     for array in (out, dlhs, drhs):
         assert np.isfinite(np.asarray(array)).all()
+
+
+@pytest.mark.parametrize("name", ["groups end inside tiles", "a shard in the middle"])
+def test_nothing_is_read_before_it_is_written_and_no_copy_races(name):
+    """In the interpreter that simulates a TPU's memories, where what nobody wrote is NaN."""
+    M, sizes, offset, G = CASES[name]
+    strict = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+    check(interpreted("grouped_matmul", interpret=strict), reference.grouped_matmul, M, sizes, offset, G)
 
 
 def test_a_tile_with_the_whole_contraction_at_once():
