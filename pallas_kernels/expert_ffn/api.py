@@ -5,7 +5,12 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import dispatch
 from pallas_kernels.expert_ffn import blocks, ragged, reference
 
-IMPLEMENTATIONS = {"reference": reference.expert_ffn, "blocks": blocks.expert_ffn, "ragged": ragged.expert_ffn}
+IMPLEMENTATIONS = {
+    "reference": reference.expert_ffn,
+    "blocks": blocks.expert_ffn,
+    "ragged": ragged.expert_ffn,
+    "tpu": ragged.expert_ffn_tpu,
+}
 AUTO = {"cpu": "blocks", "gpu": "ragged", "tpu": "ragged"}
 
 
@@ -31,5 +36,6 @@ def expert_ffn(
 
     Raises:
         ValueError: there is no such implementation.
+        NotImplementedError: the implementation cannot take these shapes or dtypes; it says why.
     """
     return dispatch.choose("expert_ffn", IMPLEMENTATIONS, AUTO, implementation)(x, experts, scores, gate_up, down)

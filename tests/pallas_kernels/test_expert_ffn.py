@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.expert_ffn import api, blocks, expert_ffn
+from pallas_kernels.expert_ffn import api, blocks, expert_ffn, ragged
+from pallas_kernels.grouped_matmul.tpu import Tiling
 
-IMPLEMENTATIONS = [name for name in api.IMPLEMENTATIONS if name != "reference"]
+IMPLEMENTATIONS = [name for name in api.IMPLEMENTATIONS if name not in ("reference", "tpu")]
 
 
 def inputs(M, X, E, D=8, F=12, seed=0, dtype=jnp.float32):
@@ -98,6 +99,30 @@ def test_the_layout_gives_each_block_one_expert_and_each_pair_one_row():
     np.testing.assert_array_equal(np.asarray(layout.expert_of_block)[rows // size], experts[:, 0])
     np.testing.assert_array_equal(np.asarray(layout.pair_of_row)[rows], np.arange(300))
     assert int(layout.blocks_in_use) == sum(-(-n // size) for n in np.bincount(experts[:, 0]))
+
+
+@pytest.mark.parametrize("X", [1, 2])
+def test_the_tpu_kernels_interpreted(X):
+    """Output and every gradient, with an expert that nobody chose."""
+    experts = jnp.stack([jnp.arange(37) % 2, jnp.full(37, 3)], axis=1)[:, :X].astype(jnp.int32)
+    x, scores, gate_up, down = inputs(37, X, 4, D=128, F=128)
+    dout = jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape)
+    tiled = functools.partial(ragged.expert_ffn_tpu, tiling=Tiling(16, 128, 128), interpret=True)
+
+    def gradients(function, dout, *arguments):
+        y, back = jax.vjp(lambda x, s, g, d: function(x, experts, s, g, d), *arguments)
+        return y, *back(dout)
+
+    reference = functools.partial(expert_ffn, implementation="reference")
+    both = (jax.jit(functools.partial(gradients, function))(dout, x, scores, gate_up, down) for function in (tiled, reference))
+    for got, want in zip(*both, strict=True):
+        np.testing.assert_allclose(got, want, atol=2e-5 * max(1.0, float(jnp.abs(want).max())))
+
+
+def test_the_tpu_kernels_refuse_narrow_experts():
+    x, scores, gate_up, down = inputs(4, 1, 2, D=128, F=64)
+    with pytest.raises(NotImplementedError, match="F must be a multiple of 128, not 64"):
+        expert_ffn(x, jnp.zeros((4, 1), jnp.int32), scores, gate_up, down, implementation="tpu")
 
 
 def test_an_unknown_implementation_is_named():

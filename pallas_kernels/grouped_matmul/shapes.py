@@ -1,0 +1,52 @@
+"""Real shapes, shared by the tests, the schedule tool and benchmarks."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.aot import Case
+from pallas_kernels.grouped_matmul import tpu
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """[M, D] x [G, D, F]; of a SwiGLU F counts one half."""
+
+    M: int
+    D: int
+    F: int
+    G: int
+
+
+SHAPES = {
+    "scout": Shape(8192, 5120, 8192, 16),  # Llama 4 Scout's 16 experts
+    "scout_down": Shape(8192, 8192, 5120, 16),
+    "maverick": Shape(8192, 5120, 8192, 128),  # Llama 4 Maverick's 128
+}
+
+
+def case(
+    devices, shape: str, op: str = "grouped_matmul", gradients: bool = False, rows: int = 0, columns: int = 0, piece: int = 0
+) -> Case:
+    """The TPU kernel on one of SHAPES, for `aot.compile_for`.
+
+    Args:
+        op: grouped_matmul or grouped_swiglu.
+        gradients: of both arguments, instead of the forward product.
+        rows, columns, piece: a tiling other than the default.
+    """
+    size = SHAPES[shape]
+    tiling = tpu.Tiling(rows, columns, piece) if rows else None
+    width = size.F * (2 if op == "grouped_swiglu" else 1)
+    function = getattr(tpu, op)
+
+    def forward(lhs, rhs, sizes):
+        return function(lhs, rhs, sizes, jnp.int32(0), tiling=tiling)
+
+    def backward(lhs, rhs, sizes, dout):
+        return jax.vjp(lambda lhs, rhs: forward(lhs, rhs, sizes), lhs, rhs)[1](dout)
+
+    abstract = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype)  # noqa: E731
+    arguments = (abstract(size.M, size.D), abstract(size.G, size.D, width), abstract(size.G, dtype=jnp.int32))
+    return Case(backward, (*arguments, abstract(size.M, size.F))) if gradients else Case(forward, arguments)

@@ -1,0 +1,128 @@
+"""The kernels that the tool knows by name: the bars (jax's own) and this package's."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.aot import Case
+from pallas_kernels.grouped_matmul import shapes as grouped
+from pallas_kernels.grouped_matmul import tpu
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """Attributes:
+    build: the case to compile; see `aot.Request`.
+    listing: the kernel's name in the compiler's listing.
+    tile: what one tile is, in words.
+    macs: multiply-accumulates that one tile asks for.
+    steps: grid steps that share what is guarded and holds no matrix work (a cleared accumulator, a finished output); None:
+        a tile with work never runs it.
+    """
+
+    build: Callable[[Sequence], Case]
+    listing: str
+    tile: str
+    macs: int
+    steps: int | None
+
+
+def _abstract(*shape: int, dtype=jnp.bfloat16) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _megablox(M: int, D: int, F: int, G: int, tiling: tuple[int, int, int]) -> Kernel:
+    def build(devices):
+        from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
+
+        def function(lhs, rhs, sizes):
+            return gmm(lhs, rhs, sizes, preferred_element_type=jnp.bfloat16, tiling=tiling)
+
+        return Case(function, (_abstract(M, D), _abstract(G, D, F), _abstract(G, dtype=jnp.int32)))
+
+    m, k, n = tiling
+    return Kernel(build, "gmm", f"{m}x{k}x{n} of [{M},{D}]x[{G},{D},{F}]", m * k * n, D // k)
+
+
+def _megablox_gradient(M: int, D: int, F: int, G: int, tiling: tuple[int, int, int]) -> Kernel:
+    def build(devices):
+        from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
+
+        def function(lhs, dout, sizes):
+            return tgmm(lhs.T, dout, sizes, preferred_element_type=jnp.bfloat16, tiling=tiling)
+
+        return Case(function, (_abstract(M, D), _abstract(M, F), _abstract(G, dtype=jnp.int32)))
+
+    m, k, n = tiling
+    tile = f"{k}x{m}x{n} of [{M},{D}]^T x [{M},{F}] for each of {G} groups"
+    return Kernel(build, "tgmm", tile, m * k * n, M // G // m + 1)
+
+
+def _splash(T: int, heads: int, H: int, q: int, kv: int, compute: int, *, backward: bool = False) -> Kernel:
+    def build(devices):
+        from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+        from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+        sizes = splash.BlockSizes(
+            block_q=q,
+            block_kv=kv,
+            block_kv_compute=compute,
+            block_q_dkv=q,
+            block_kv_dkv=kv,
+            block_kv_dkv_compute=compute,
+            use_fused_bwd_kernel=True,
+        )
+        mask = masks.MultiHeadMask([masks.CausalMask((T, T)) for _ in range(heads)])
+        kernel = splash.make_splash_mqa_single_device(mask, block_sizes=sizes)
+
+        def gradients(query, key, value, dout):
+            return jax.vjp(kernel, query, key, value)[1](dout)
+
+        arguments = (_abstract(heads, T, H), _abstract(T, H), _abstract(T, H))
+        return Case(gradients, (*arguments, arguments[0])) if backward else Case(kernel, arguments)
+
+    products = 5 if backward else 2
+    listing = "splash_mqa_dkv_no_residuals" if backward else "splash_mqa_fwd_no_residuals"
+    tile = f"{q}x{kv} scores ({compute} keys at a time), head size {H}, T = S = {T}, {heads} query heads of one KV head"
+    return Kernel(build, listing, tile, products * q * kv * H, T // kv)
+
+
+def _grouped(op: str, shape: str = "scout") -> Kernel:
+    size, halves = grouped.SHAPES[shape], 2 if op == "grouped_swiglu" else 1
+    tiling = tpu.choose_tiling(size.M, size.D, size.F, halves, 2)
+    tile = f"{tiling.rows}x{size.D}x{tiling.columns * halves} of [{size.M},{size.D}]x[{size.G},{size.D},{size.F * halves}]"
+    build = functools.partial(grouped.case, shape=shape, op=op)
+    return Kernel(build, op, tile, tiling.rows * size.D * tiling.columns * halves, None)
+
+
+def _grouped_gradients(lhs: bool, shape: str = "scout") -> Kernel:
+    size = grouped.SHAPES[shape]
+    build = functools.partial(grouped.case, shape=shape, gradients=True)
+    if lhs:
+        tiling = tpu.choose_tiling(size.M, size.F, size.D, 1, 2)
+        tile = f"{tiling.rows}x{size.F}x{tiling.columns} of [{size.M},{size.F}]x[{size.G},{size.D},{size.F}]^T"
+        return Kernel(build, "grouped_matmul_transposed", tile, tiling.rows * size.F * tiling.columns, None)
+    rows, columns, piece = dataclasses.astuple(tpu.GRADIENT_TILING)
+    tile = f"{piece}x{rows}x{columns} of [{size.M},{size.D}]^T x [{size.M},{size.F}] for each of {size.G} groups"
+    return Kernel(build, "grouped_matmul_gradient", tile, rows * columns * piece, size.M // size.G // rows + 1)
+
+
+KERNELS: dict[str, Kernel] = {
+    "grouped_matmul": _grouped("grouped_matmul"),
+    "grouped_swiglu": _grouped("grouped_swiglu"),
+    "grouped_matmul_dlhs": _grouped_gradients(lhs=True),
+    "grouped_matmul_drhs": _grouped_gradients(lhs=False),
+    "megablox": _megablox(8192, 5120, 8192, 16, (512, 1024, 1024)),
+    "megablox_drhs": _megablox_gradient(8192, 5120, 8192, 16, (512, 1024, 1024)),
+    "splash": _splash(8192, 5, 128, 512, 1024, 1024),
+    "splash_large": _splash(8192, 5, 128, 1024, 2048, 1024),
+    "splash_backward": _splash(8192, 5, 128, 512, 1024, 1024, backward=True),
+}
+
+
+def case(devices: Sequence, op: str) -> Case:
+    """The case of the kernel called `op`, for `aot.compile_for`."""
+    return KERNELS[op].build(devices)
