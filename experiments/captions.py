@@ -73,9 +73,9 @@ def get_config(data: str = "runs/captions/data") -> c.Experiment:
             image_slots=12,
         ),
         optimizer=c.OptimizerConfig(learning_rate=2e-3, warmup_steps=100, final_fraction=0.0),
-        evaluations={"heldout": c.EvaluationConfig("bits_per_byte", every=500)},
-        checkpoint=c.CheckpointConfig(every=500),
-        steps=1000,
+        evaluations={"heldout": c.EvaluationConfig("bits_per_byte", every=250)},
+        checkpoint=c.CheckpointConfig(every=250),
+        steps=500,
         log_every=10,
     )
 
