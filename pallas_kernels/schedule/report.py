@@ -1,6 +1,8 @@
 """What a tile costs, from a kernel's program: the figures, the table and the JSON."""
 
+import contextlib
 import dataclasses
+import importlib.metadata
 import re
 import tempfile
 from collections import Counter
@@ -217,6 +219,9 @@ def _listings(folder: Path, kind: str, kernel: str) -> list[tuple[str, Path]]:
 
 
 def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    return {name: version(name) for name in ("jax", "libtpu")}
+    """Of what is installed: listings can be read without the compiler that wrote them."""
+    versions = {}
+    for name in ("jax", "libtpu"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
