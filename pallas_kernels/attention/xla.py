@@ -53,7 +53,7 @@ def _attention(query, key, value, mask: Mask):
 
 def _visible_keys(queries: slice, S: int, mask: Mask) -> slice:
     """The span of keys outside which nothing can be read: index order above, the chunk's length below."""
-    if not mask.is_self_attention:
+    if not mask.is_self_attention or not mask.causal:
         return slice(0, S)
     first = 0 if mask.chunk is None else max(0, queries.start - mask.chunk + 1)
     return slice(first, queries.stop)
