@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.attention import Mask, Part, tpu
+from pallas_kernels.attention import Mask, Part, tpu_forward
 from pallas_kernels.attention.intervals import Intervals, intervals
-from pallas_kernels.attention.tpu import Tiling
+from pallas_kernels.attention.tpu_forward import Tiling
 
 H = 128
-forward = jax.jit(tpu.forward, static_argnames=("reach", "dtype", "tiling", "interpret"))
+forward = jax.jit(tpu_forward.forward, static_argnames=("reach", "dtype", "tiling", "interpret"))
 TILING = Tiling(queries=256, keys=256, edge=128, span=512)
 
 
