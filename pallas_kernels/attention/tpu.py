@@ -30,15 +30,17 @@ def attention(
 
 
 def _attention(interpret, query, key, value, mask: Mask):
-    return _attend(query, key, value, intervals(mask, query.shape[1]), mask.chunk, interpret)
+    where = intervals(mask, query.shape[1])
+    return _attend(query, key, value, where.first, where.last, mask.chunk, interpret)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attend(query, key, value, where: Intervals, reach: int | None, interpret):
-    return forward(query, key, value, where, reach=reach, interpret=interpret).out
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _attend(query, key, value, first, last, reach: int | None, interpret):
+    return forward(query, key, value, Intervals(first, last), reach=reach, interpret=interpret).out
 
 
-def _forward(query, key, value, where, reach, interpret):
+def _forward(query, key, value, first, last, reach, interpret):
+    where = Intervals(first, last)
     part = forward(query, key, value, where, reach=reach, interpret=interpret)
     return part.out, (query, key, value, where, part)
 
@@ -46,7 +48,7 @@ def _forward(query, key, value, where, reach, interpret):
 def _backward(reach, interpret, residuals, dout):
     query, key, value, where, part = residuals
     delta = jnp.sum(dout.astype(jnp.float32) * part.out.astype(jnp.float32), axis=-1)
-    return *backward(query, key, value, where, part.lse, dout, delta, interpret=interpret), None
+    return *backward(query, key, value, where, part.lse, dout, delta, interpret=interpret), None, None
 
 
 _attend.defvjp(_forward, _backward)
