@@ -1,8 +1,8 @@
 """How the tensors of the common form lie in the parameters: the one table of both.
 
 Linear layers are stored [out, in] there and [in, ..., out, ...] here, gate and up apart there and stacked here, layers one by
-one there and stacked over the blocks of the scan here. Experts are [E, in, out] on both sides, gate before up, and rotary
-pairs are interleaved on both.
+one there and stacked over the blocks of the scan here. Experts are [E, in, out] on both sides; their gate and up are side by
+side in the columns there, and matrices of their own here: [E, 2, in, out]. Rotary pairs are interleaved on both.
 """
 
 import dataclasses
@@ -178,7 +178,7 @@ def _moe(config: ModelConfig, name: str, path: Path, block: int) -> Iterator[Pla
     E, D, F = config.num_experts, config.hidden_size, config.expert_ffn_size
     gate_up, down = ((*path, "experts", which, "kernel") for which in ("gate_up", "down"))
     yield _placed(f"{name}router.weight", (E, D), (*path, "router", "kernel"), (block,), order=(1, 0))
-    yield _placed(f"{name}experts.gate_up_proj", (E, D, (2, F)), gate_up, (block,))
+    yield _placed(f"{name}experts.gate_up_proj", (E, D, (2, F)), gate_up, (block,), order=(0, 2, 1, 3))
     yield _placed(f"{name}experts.down_proj", (E, F, D), down, (block,))
     if config.shared_expert:
         yield from _dense_ffn(f"{name}shared_expert.", (*path, "shared_expert"), block, D, F)

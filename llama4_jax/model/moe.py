@@ -166,8 +166,8 @@ class Experts(nn.Module):
     def __call__(self, x: Float[Array, "B T D"], routing: Routing) -> Float[Array, "B T D"]:
         c, run = self.config, self.execution
         E, D, F = c.num_experts, c.hidden_size, c.expert_ffn_size
-        axes = ("experts", "embed", None, "ffn")
-        gate_up = ExpertKernel((E, D, 2, F), axes, initial_stddev(c, "matrix"), name="gate_up")()
+        axes = ("experts", None, "embed", "ffn")
+        gate_up = ExpertKernel((E, 2, D, F), axes, initial_stddev(c, "matrix"), name="gate_up")()
         down = ExpertKernel((E, F, D), ("experts", "ffn", "embed"), initial_stddev(c, "residual"), name="down")()
         experts, scores = (a.reshape(*x.shape[:2], -1) for a in (routing.experts, routing.scores))
         return expert_ffn(x, experts, scores, gate_up, down, implementation=run.expert_ffn, exchange=run.expert_exchange)

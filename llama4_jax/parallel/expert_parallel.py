@@ -82,7 +82,7 @@ def routed_experts(
     x: Float[Array, "B T D"],
     experts: Int[Array, "B T X"],
     scores: Float[Array, "B T X"],
-    gate_up: Float[Array, "E D 2 F"],
+    gate_up: Float[Array, "E 2 D F"],
     down: Float[Array, "E F D"],
     *,
     ffn: LocalFFN,
@@ -101,7 +101,7 @@ def routed_experts(
         return _on_rows(ffn, x, experts, scores, gate_up, down)
     sizes = mesh.shape
     rows = P(BATCH_AXES, "context")
-    gate_up_spec = partition("gate_up", gate_up.shape, P("experts", "embed", None, "ffn"), mesh)
+    gate_up_spec = partition("gate_up", gate_up.shape, P("experts", None, "embed", "ffn"), mesh)
     down_spec = partition("down", down.shape, P("experts", "ffn", "embed"), mesh)
     if sizes["expert"] == 1:
         # Each tensor shard answers with a part of the sum; adding outside leaves the all-reduce to the compiler, which can
@@ -114,7 +114,7 @@ def routed_experts(
         compute, columns, out = partial(_EXCHANGES[form], ffn), "tensor", P(*rows, "tensor")
 
     def on_shard(x, experts, scores, gate_up, down):
-        gate_up = gather(gate_up, "fsdp", 1)  # [E', D, 2, F']
+        gate_up = gather(gate_up, "fsdp", 2)  # [E', 2, D, F']
         down = gather(down, "fsdp", 2)  # [E', F', D]
         return compute(x, experts, scores, gate_up, down)
 

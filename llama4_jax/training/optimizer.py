@@ -25,8 +25,8 @@ UNDECAYED = re.compile(r"(^|/)(scale|bias|(\w+_)?embedding)$")
 MATRICES = {
     re.compile(r"^layers/.*attention/(query|key|value)/kernel$"): ((-3,), (-2, -1)),
     re.compile(r"^layers/.*attention/output/kernel$"): ((-3, -2), (-1,)),
+    re.compile(r"^layers/.*(experts/gate_up|down)/kernel$"): ((-2,), (-1,)),
     re.compile(r"^layers/.*gate_up/kernel$"): ((-3,), (-1,)),
-    re.compile(r"^layers/.*down/kernel$"): ((-2,), (-1,)),
 }
 MUON_RMS = 0.2  # root mean square of a Muon update at rate 1, as of AdamW's: one rate serves both. arXiv 2502.16982, 2.2
 

@@ -18,7 +18,7 @@ def expert_ffn(
     x: Float[Array, "M D"],
     experts: Int[Array, "M X"],
     scores: Float[Array, "M X"],
-    gate_up: Float[Array, "E D 2 F"],
+    gate_up: Float[Array, "E 2 D F"],
     down: Float[Array, "E F D"],
     *,
     implementation: str = "auto",

@@ -39,8 +39,7 @@ class Layout:
 
 def expert_ffn(x, experts, scores, gate_up, down):
     """See `api.expert_ffn`."""
-    E, D, _, F = gate_up.shape
-    return _expert_ffn(x, experts, scores, gate_up.reshape(E, D, 2 * F), down)
+    return _expert_ffn(x, experts, scores, gate_up, down)
 
 
 def block_size(pairs: int, num_experts: int) -> int:
@@ -85,16 +84,18 @@ def _put(array, value, index):
     return jax.lax.dynamic_update_index_in_dim(array, value.astype(array.dtype), index, 0)
 
 
-def _swiglu(gate_up):
-    gate, up = jnp.split(gate_up, 2, axis=-1)
+def _gate_and_up(x, gate_up, expert):
+    return x @ gate_up[expert, 0], x @ gate_up[expert, 1]
+
+
+def _swiglu(gate, up):
     return jax.nn.silu(gate) * up
 
 
-def _swiglu_and_gradient(gate_up, dh):
-    gate, up = jnp.split(gate_up, 2, axis=-1)
+def _swiglu_and_gradient(gate, up, dh):
     sigmoid = jax.nn.sigmoid(gate)
     silu = gate * sigmoid
-    return silu * up, jnp.concatenate([dh * up * (sigmoid + silu * (1 - sigmoid)), dh * silu], axis=-1)
+    return silu * up, dh * up * (sigmoid + silu * (1 - sigmoid)), dh * silu
 
 
 @jax.custom_vjp
@@ -104,47 +105,48 @@ def _expert_ffn(x, experts, scores, gate_up, down):
 
 
 def _few_tokens(x, experts, scores, gate_up, down):
-    chosen = jax.nn.one_hot(experts, gate_up.shape[0])  # [M, X, E]
+    chosen = jax.nn.one_hot(experts, down.shape[0])  # [M, X, E]
     weights = jnp.einsum("mxe,mx->em", chosen, scores).astype(x.dtype)
     in_use = jnp.any(chosen, axis=(0, 1))
     order = jnp.argsort(~in_use)  # experts in use first
 
     def expert(i, y):
         e = order[i]
-        return y + _swiglu((x * _at(weights, e)[:, None]) @ _at(gate_up, e)) @ _at(down, e)
+        return y + _swiglu(*_gate_and_up(x * _at(weights, e)[:, None], gate_up, e)) @ _at(down, e)
 
     return jax.lax.fori_loop(0, in_use.sum(), expert, jnp.zeros_like(x))
 
 
 def _forward(x, experts, scores, gate_up, down):
     X = experts.shape[1]
-    layout = plan(experts, gate_up.shape[0])
+    layout = plan(experts, down.shape[0])
     rows = _rows(x, layout, X)
     score = jnp.take(scores.reshape(-1), layout.pair_of_row, mode="fill", fill_value=0).astype(x.dtype)
     score = score.reshape(*layout.shape, 1)
 
     def block(i, carry):
-        y, hidden = carry
+        y, gates, ups = carry
         expert = layout.expert_of_block[i]
-        z = (_at(rows, i) * _at(score, i)) @ _at(gate_up, expert)
-        return _put(y, _swiglu(z) @ _at(down, expert), i), _put(hidden, z, i)
+        gate, up = _gate_and_up(_at(rows, i) * _at(score, i), gate_up, expert)
+        return _put(y, _swiglu(gate, up) @ _at(down, expert), i), _put(gates, gate, i), _put(ups, up, i)
 
-    empty = jnp.zeros_like(rows), jnp.zeros((*layout.shape, gate_up.shape[-1]), x.dtype)
-    y, hidden = jax.lax.fori_loop(0, layout.blocks_in_use, block, empty)
-    return _pairs(y, layout, X).sum(axis=1), (rows, score, hidden, gate_up, down, layout)
+    hidden = jnp.zeros((*layout.shape, down.shape[1]), x.dtype)
+    y, gates, ups = jax.lax.fori_loop(0, layout.blocks_in_use, block, (jnp.zeros_like(rows), hidden, hidden))
+    return _pairs(y, layout, X).sum(axis=1), (rows, score, gates, ups, gate_up, down, layout)
 
 
 def _backward(residuals, dout):
-    rows, score, hidden, gate_up, down, layout = residuals
+    rows, score, gates, ups, gate_up, down, layout = residuals
     X = layout.row_of_pair.size // dout.shape[0]
     dy = _rows(dout, layout, X)
 
     def block(i, carry):
         drows, dscore, dgate_up, ddown = carry
         expert, x, s, dyi = layout.expert_of_block[i], _at(rows, i), _at(score, i), _at(dy, i)
-        h, dz = _swiglu_and_gradient(_at(hidden, i), dyi @ _at(down, expert).T)
-        da = dz @ _at(gate_up, expert).T
-        dgate_up = _put(dgate_up, _at(dgate_up, expert) + (x * s).T @ dz, expert)
+        h, *halves = _swiglu_and_gradient(_at(gates, i), _at(ups, i), dyi @ _at(down, expert).T)
+        da = sum(dz @ gate_up[expert, half].T for half, dz in enumerate(halves))
+        products = jnp.stack([(x * s).T @ dz for dz in halves])
+        dgate_up = _put(dgate_up, _at(dgate_up, expert) + products, expert)
         ddown = _put(ddown, _at(ddown, expert) + h.T @ dyi, expert)
         return _put(drows, da * s, i), _put(dscore, (da * x).sum(axis=-1), i), dgate_up, ddown
 

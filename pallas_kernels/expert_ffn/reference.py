@@ -10,7 +10,7 @@ def expert_ffn(x, experts, scores, gate_up, down):
     def expert(index, gate_up, down):
         score = jnp.sum(jnp.where(experts == index, scores, 0.0), axis=-1)  # [M]; 0 where it was not chosen, and f(0) = 0
         z = (x * score[:, None]).astype(x.dtype)
-        gate, up = (jnp.dot(z, w, precision="highest") for w in (gate_up[:, 0], gate_up[:, 1]))
+        gate, up = (jnp.dot(z, w, precision="highest") for w in (gate_up[0], gate_up[1]))
         return jnp.dot(jax.nn.silu(gate) * up, down, precision="highest")
 
     return jax.vmap(expert)(jnp.arange(gate_up.shape[0]), gate_up, down).sum(axis=0).astype(x.dtype)

@@ -38,21 +38,19 @@ def grouped_matmul(
 
 def grouped_swiglu(
     lhs: Float[Array, "M D"],
-    gate_up: Float[Array, "G D F2"],
+    gate_up: Float[Array, "G 2 D F"],
     group_sizes: Int[Array, " E"],
     group_offset: Int[Array, ""] | int = 0,
     *,
     implementation: str = "auto",
 ) -> Float[Array, "M F"]:
-    """silu(lhs gate_g) * (lhs up_g), with gate and up side by side in the columns of `gate_up`; else as `grouped_matmul`.
+    """silu(lhs gate_g) * (lhs up_g), with gate_g at index 0 of `gate_up[g]` and up_g at 1; else as `grouped_matmul`.
 
     The tokens are read once and the two halves are not written. Its gradient computes them again.
 
     Raises:
-        ValueError, NotImplementedError: as `grouped_matmul`; also where `gate_up` has an odd number of columns.
+        ValueError, NotImplementedError: as `grouped_matmul`.
     """
-    if gate_up.shape[2] % 2:
-        raise ValueError(f"grouped_swiglu: gate and up side by side make an even number of columns, not {gate_up.shape[2]}")
     _check("grouped_swiglu", gate_up, group_sizes)
     function = dispatch.choose("grouped_swiglu", SWIGLU, AUTO, implementation)
     return function(lhs, gate_up, group_sizes, jnp.asarray(group_offset, jnp.int32))

@@ -29,5 +29,5 @@ def grouped_matmul(lhs, rhs, group_sizes, group_offset):
 def grouped_swiglu(lhs, gate_up, group_sizes, group_offset):
     """See `api.grouped_swiglu`."""
     wide = lhs.astype(jnp.promote_types(lhs.dtype, jnp.float32))
-    gate, up = jnp.split(grouped_matmul(wide, gate_up, group_sizes, group_offset), 2, axis=-1)
+    gate, up = (grouped_matmul(wide, gate_up[:, half], group_sizes, group_offset) for half in range(2))
     return (jax.nn.silu(gate) * up).astype(lhs.dtype)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.aot import Case
 from pallas_kernels.grouped_matmul import tpu
+from pallas_kernels.grouped_matmul.tiling import Tiling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +38,8 @@ def case(
         rows, columns, piece: a tiling other than the default.
     """
     size = SHAPES[shape]
-    tiling = tpu.Tiling(rows, columns, piece) if rows else None
-    width = size.F * (2 if op == "grouped_swiglu" else 1)
+    tiling = Tiling(rows, columns, piece) if rows else None
+    matrices = (2,) if op == "grouped_swiglu" else ()
     function = getattr(tpu, op)
 
     def forward(lhs, rhs, sizes):
@@ -48,5 +49,5 @@ def case(
         return jax.vjp(lambda lhs, rhs: forward(lhs, rhs, sizes), lhs, rhs)[1](dout)
 
     abstract = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype)  # noqa: E731
-    arguments = (abstract(size.M, size.D), abstract(size.G, size.D, width), abstract(size.G, dtype=jnp.int32))
+    arguments = (abstract(size.M, size.D), abstract(size.G, *matrices, size.D, size.F), abstract(size.G, dtype=jnp.int32))
     return Case(backward, (*arguments, abstract(size.M, size.F))) if gradients else Case(forward, arguments)

@@ -15,5 +15,5 @@ def grouped_matmul(lhs, rhs, group_sizes, group_offset):
 
 def grouped_swiglu(lhs, gate_up, group_sizes, group_offset):
     """See `api.grouped_swiglu`."""
-    gate, up = jnp.split(grouped_matmul(lhs, gate_up, group_sizes, group_offset), 2, axis=-1)
+    gate, up = (grouped_matmul(lhs, gate_up[:, half], group_sizes, group_offset) for half in range(2))
     return jax.nn.silu(gate) * up

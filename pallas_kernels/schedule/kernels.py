@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from pallas_kernels.aot import Case
 from pallas_kernels.attention import shapes as attention
 from pallas_kernels.grouped_matmul import shapes as grouped
-from pallas_kernels.grouped_matmul import tpu
+from pallas_kernels.grouped_matmul import columns as columns_product
+from pallas_kernels.grouped_matmul import tiling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,20 +96,20 @@ def _splash(T: int, heads: int, H: int, q: int, kv: int, compute: int, *, backwa
 
 def _grouped(op: str, shape: str = "scout") -> Kernel:
     size, halves = grouped.SHAPES[shape], 2 if op == "grouped_swiglu" else 1
-    tiling = tpu.choose_tiling(size.M, size.D, size.F, halves, 2)
-    tile = f"{tiling.rows}x{size.D}x{tiling.columns * halves} of [{size.M},{size.D}]x[{size.G},{size.D},{size.F * halves}]"
+    tiles = tiling.choose(size.M, size.D, size.F, 2, matrices=halves)
+    tile = f"{tiles.rows}x{size.D}x{tiles.columns * halves} of [{size.M},{size.D}]x[{size.G},{size.D},{size.F * halves}]"
     build = functools.partial(grouped.case, shape=shape, op=op)
-    return Kernel(build, op, tile, tiling.rows * size.D * tiling.columns * halves, None)
+    return Kernel(build, op, tile, tiles.rows * size.D * tiles.columns * halves, None)
 
 
 def _grouped_gradients(lhs: bool, shape: str = "scout") -> Kernel:
     size = grouped.SHAPES[shape]
     build = functools.partial(grouped.case, shape=shape, gradients=True)
     if lhs:
-        tiling = tpu.choose_tiling(size.M, size.F, size.D, 1, 2)
-        tile = f"{tiling.rows}x{size.F}x{tiling.columns} of [{size.M},{size.F}]x[{size.G},{size.D},{size.F}]^T"
-        return Kernel(build, "grouped_matmul_transposed", tile, tiling.rows * size.F * tiling.columns, None)
-    rows, columns, piece = dataclasses.astuple(tpu.GRADIENT_TILING)
+        tiles = tiling.choose(size.M, size.F, size.D, 2)
+        tile = f"{tiles.rows}x{size.F}x{tiles.columns} of [{size.M},{size.F}]x[{size.G},{size.D},{size.F}]^T"
+        return Kernel(build, "grouped_matmul_transposed", tile, tiles.rows * size.F * tiles.columns, None)
+    rows, columns, piece = dataclasses.astuple(columns_product.TILING)
     tile = f"{piece}x{rows}x{columns} of [{size.M},{size.D}]^T x [{size.M},{size.F}] for each of {size.G} groups"
     return Kernel(build, "grouped_matmul_gradient", tile, rows * columns * piece, size.M // size.G // rows + 1)
 

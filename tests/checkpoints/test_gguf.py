@@ -140,10 +140,10 @@ def test_written_tensors_are_what_the_gguf_package_writes(tmp_path, dtype):
     config, params = CONFIGS["maverick"], random_params(CONFIGS["maverick"])
     path = write(tmp_path / "m.gguf", config, params, dtype=dtype)
     kernels = [params["layers"][f"layer_{layer}"]["feed_forward"]["experts"]["gate_up"]["kernel"] for layer in (1, 3)]
-    experts = np.asarray(kernels)[:, 0]  # [layers, E, D, 2, F]
+    experts = np.asarray(kernels)[:, 0]  # [layers, E, 2, D, F]
     wanted = {
-        "blk.3.ffn_gate_exps.weight": experts[1, :, :, 0].swapaxes(1, 2),
-        "blk.1.ffn_up_exps.weight": experts[0, :, :, 1].swapaxes(1, 2),
+        "blk.3.ffn_gate_exps.weight": experts[1, :, 0].swapaxes(1, 2),
+        "blk.1.ffn_up_exps.weight": experts[0, :, 1].swapaxes(1, 2),
         "token_embd.weight": np.asarray(params["embed"]["embedding"]),
     }
     kind = gguf.GGMLQuantizationType[dtype.upper()]

@@ -192,7 +192,7 @@ def collectives_of_experts(exchange) -> list[str]:
     mesh, c = mesh_of({"data": 2, "expert": 4}), CONFIG
     of = lambda dtype, spec, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))  # noqa: E731
     tokens = P(("data", "expert"))
-    weights = (c.num_experts, c.hidden_size, 2, c.expert_ffn_size), (c.num_experts, c.expert_ffn_size, c.hidden_size)
+    weights = (c.num_experts, 2, c.hidden_size, c.expert_ffn_size), (c.num_experts, c.expert_ffn_size, c.hidden_size)
     with use_mesh(mesh):
         return collectives(
             partial(routed_experts, ffn=partial(expert_ffn, implementation="blocks"), exchange=exchange),

@@ -25,7 +25,7 @@ def spec_of(shape, logical, mesh):
 
 def test_an_expert_weight_spends_expert_on_its_experts_and_a_dense_one_on_a_dimension():
     mesh = mesh_of(fsdp=4, expert=2, tensor=2)
-    assert spec_of((16, 512, 2, 1024), ("experts", "embed", None, "ffn"), mesh) == P("expert", "fsdp", None, "tensor")
+    assert spec_of((16, 2, 512, 1024), ("experts", None, "embed", "ffn"), mesh) == P("expert", None, "fsdp", "tensor")
     assert spec_of((512, 1024), ("embed", "ffn"), mesh) == P("fsdp", ("tensor", "expert"))
     assert spec_of((1024, 512), ("ffn", "embed"), mesh) == P(("tensor", "expert"), "fsdp")
 
