@@ -3,11 +3,11 @@
 from jaxtyping import Array, Float
 
 from pallas_kernels import dispatch
-from pallas_kernels.attention import reference, tpu, xla
+from pallas_kernels.attention import gpu, reference, tpu, xla
 from pallas_kernels.attention.mask import Mask
 
-IMPLEMENTATIONS = {"reference": reference.attention, "xla": xla.attention, "tpu": tpu.attention}
-AUTO = {"cpu": "xla", "gpu": "xla", "tpu": "tpu"}
+IMPLEMENTATIONS = {"reference": reference.attention, "xla": xla.attention, "tpu": tpu.attention, "gpu": gpu.attention}
+AUTO = {"cpu": "xla", "gpu": "gpu", "tpu": "tpu"}
 AUTO_OVER_A_CACHE = {"cpu": "xla", "gpu": "xla", "tpu": "xla"}  # keys in any order
 
 

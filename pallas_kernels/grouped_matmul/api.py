@@ -4,11 +4,21 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
-from pallas_kernels.grouped_matmul import reference, tpu, xla
+from pallas_kernels.grouped_matmul import gpu, reference, tpu, xla
 
-AUTO = {"cpu": "xla", "gpu": "xla", "tpu": "tpu"}
-MATMUL = {"reference": reference.grouped_matmul, "xla": xla.grouped_matmul, "tpu": tpu.grouped_matmul}
-SWIGLU = {"reference": reference.grouped_swiglu, "xla": xla.grouped_swiglu, "tpu": tpu.grouped_swiglu}
+AUTO = {"cpu": "xla", "gpu": "gpu", "tpu": "tpu"}
+MATMUL = {
+    "reference": reference.grouped_matmul,
+    "xla": xla.grouped_matmul,
+    "tpu": tpu.grouped_matmul,
+    "gpu": gpu.grouped_matmul,
+}
+SWIGLU = {
+    "reference": reference.grouped_swiglu,
+    "xla": xla.grouped_swiglu,
+    "tpu": tpu.grouped_swiglu,
+    "gpu": gpu.grouped_swiglu,
+}
 
 
 def grouped_matmul(

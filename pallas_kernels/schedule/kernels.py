@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from pallas_kernels.aot import Case
 from pallas_kernels.attention import shapes as attention
-from pallas_kernels.grouped_matmul import shapes as grouped
 from pallas_kernels.grouped_matmul import columns as columns_product
+from pallas_kernels.grouped_matmul import shapes as grouped
 from pallas_kernels.grouped_matmul import tiling
 
 
