@@ -7,7 +7,9 @@ a mask or, where they allow it, rows of their own) and tokamax.
 """
 
 import argparse
+import contextlib
 import dataclasses
+import importlib
 import json
 import statistics
 import sys
@@ -153,6 +155,8 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--json", action="store_true", help="rows as JSON, instead of a table")
     flags = parser.parse_args()
+    with contextlib.suppress(ImportError):  # tokamax reads absl's flags, which must not be ours
+        importlib.import_module("absl.flags").FLAGS(sys.argv[:1])
     if unknown := set(flags.op.split(",")) - set(PROBLEMS):
         print(f"pallas_kernels.bench: no op {', '.join(sorted(unknown))}; choose from {', '.join(PROBLEMS)}", file=sys.stderr)
         return 2
