@@ -68,8 +68,8 @@ def backward(
         interpret: as in `pl.pallas_call`.
 
     Raises:
-        NotImplementedError: dtypes other than bfloat16 or float32 (the same of query, key, value and dout), or a head size
-            that is no multiple of 128.
+        NotImplementedError: dtypes other than bfloat16 or float32 (the same of query, key, value and dout), a head size
+            that is no multiple of 128, or more query heads to a KV head than fit into VMEM (with 128, over 40).
     """
     B, T, N, H = query.shape
     S, K = key.shape[1:3]
@@ -78,8 +78,8 @@ def backward(
         raise NotImplementedError(f"attention on TPU: all in bfloat16 or in float32, not {', '.join(map(str, dtypes))}")
     if H % 128:
         raise NotImplementedError(f"attention on TPU: the head size must be a multiple of 128, not {H}")
-    out_dtype = out_dtype or query.dtype
-    tiling = tiling or choose_tiling(T, S, N // K, H, query.dtype.itemsize)
+    out_dtype = jnp.dtype(out_dtype or query.dtype)
+    tiling = tiling or choose_tiling(T, S, N // K, H, query.dtype.itemsize, out_dtype.itemsize)
     turned = _wide_matrix_units() if turned is None else turned
     pieces = -(-S // tiling.resident)
 
@@ -104,15 +104,20 @@ def backward(
     return dq, dk[:, :S].reshape(key.shape), dv[:, :S].reshape(value.shape)
 
 
-def choose_tiling(T: int, S: int, G: int, H: int, bytes_: int) -> Tiling:
-    """About ROWS rows, and as many resident keys as VMEM holds."""
-    rows = ROWS * 2 // bytes_
-    queries = min(max(128, 2 ** int(math.log2(rows / G))), 1024, -(-T // 128) * 128)
+def choose_tiling(T: int, S: int, G: int, H: int, bytes_: int, out_bytes: int) -> Tiling:
+    """About ROWS rows, and as many resident keys as VMEM holds: all of them, or pieces of one size.
+
+    Raises:
+        NotImplementedError: the smallest tile does not fit into VMEM.
+    """
+    queries = min(max(128, 2 ** int(math.log2(ROWS * 2 // bytes_ / G))), 1024, -(-T // 128) * 128)
     keys = min(KEYS * 2 // bytes_, -(-S // 128) * 128)
-    # Two buffers of each input and output, sums, and a tile's values
-    tile = G * queries * (H * (2 * 2 * bytes_ + 2 * 2 * 4 + 4 + 2 * bytes_) + keys * (8 + 2 * bytes_))
-    of_a_key = H * (2 * 2 * bytes_ + 2 * 2 * 4 + 2 * 4)
-    at_most = max((VMEM_BYTES - tile) // of_a_key // keys, 1) * keys
+    # Two buffers of each input (query, dout, dq so far; key, value) and output, the sums, the rows and a tile's values
+    of_rows = G * queries * (H * (2 * (2 * bytes_ + 4 + 4) + 4 + 2 * bytes_) + keys * (2 * bytes_ + 4))
+    of_a_key = H * (2 * (2 * bytes_ + 2 * out_bytes) + 2 * 4)
+    at_most = (VMEM_BYTES - of_rows) // of_a_key // keys * keys
+    if at_most <= 0:
+        raise NotImplementedError(f"attention on TPU: {G} query heads of size {H} to a KV head do not fit into VMEM")
     pieces = -(-S // at_most)
     return Tiling(queries, keys, -(-S // pieces // keys) * keys)
 
@@ -253,10 +258,11 @@ def _kernel(number, runs, span, q, do, lse, delta, first, last, k, v, *refs, til
         keys = pl.ds(pl.multiple_of(j * size, size), size)
         k_here, v_here, q_here, do_here = k[keys, :], v[keys, :], q_rows[...], do_rows[...]
         logits = _dot(k_here, q_here, 1, 0 if turned else 1)  # [keys, rows]
-        p = jnp.exp2(logits * (scale * math.log2(math.e)) - lse[...])
+        exponents = logits * (scale * math.log2(math.e)) - lse[...]
         if masked:
             place = j * size + jax.lax.broadcasted_iota(jnp.int32, (size, 1), 0)
-            p = jnp.where((place >= first[...]) & (place <= last[...]), p, 0.0)
+            exponents = jnp.where((place >= first[...]) & (place <= last[...]), exponents, -jnp.inf)
+        p = jnp.exp2(exponents)
         ds = (p * (_dot(v_here, do_here, 1, 0 if turned else 1) - delta[...])).astype(q_here.dtype)
         p = p.astype(q_here.dtype)
         dv_here, dk_here = by_keys(dv_sum, j), by_keys(dk_sum, j)
