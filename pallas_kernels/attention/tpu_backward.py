@@ -72,7 +72,7 @@ def backward(
 
     Raises:
         NotImplementedError: dtypes other than bfloat16 or float32 (the same of query, key, value and dout), a head size
-            that is no multiple of 128, or more query heads to a KV head than fit into VMEM (with 128, over 40).
+            that is no multiple of 128, or more query heads to a KV head than fit into VMEM (of size 128, over 48).
     """
     B, T, N, H = query.shape
     S, K = key.shape[1:3]

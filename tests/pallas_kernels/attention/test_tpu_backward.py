@@ -237,7 +237,7 @@ BUILDER = "pallas_kernels.attention.shapes:backward_case"
 
 
 @needs_libtpu
-@pytest.mark.parametrize("chip", ["v5p", "tpu7x"])
+@pytest.mark.parametrize("chip", ["v5p", "v6e"])
 def test_the_main_shape_compiles_for_a_tpu(chip):
     (outcome,) = aot.compile_for(chip, [aot.Request(BUILDER)])
     assert outcome.error is None, outcome.error
