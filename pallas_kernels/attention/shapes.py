@@ -4,10 +4,11 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.aot import Case
-from pallas_kernels.attention import tpu_forward
-from pallas_kernels.attention.intervals import intervals
+from pallas_kernels.attention import tpu_backward, tpu_forward
+from pallas_kernels.attention.intervals import Intervals, intervals
 from pallas_kernels.attention.mask import Mask
 
 
@@ -40,3 +41,29 @@ def case(devices, shape: str, dtype: str = "bfloat16") -> Case:
 
     abstract = lambda heads: jax.ShapeDtypeStruct((size.B, size.T, heads, size.H), jnp.dtype(dtype))  # noqa: E731
     return Case(function, (abstract(size.N), abstract(size.K), abstract(size.K)))
+
+
+def backward_case(
+    devices,
+    B: int = 1,
+    T: int = 8192,
+    S: int = 0,
+    N: int = 5,
+    K: int = 1,
+    H: int = 128,
+    dtype: str = "bfloat16",
+    out_dtype: str | None = None,
+) -> Case:
+    """The TPU kernel of the gradients alone, of `S` keys (`T` if 0), for `aot.compile_for`; the mask is an argument.
+
+    The mesh says for which TPU: the kernel goes by the width of its matrix units.
+    """
+
+    def function(query, key, value, first, last, lse, dout, delta):
+        return tpu_backward.backward(query, key, value, Intervals(first, last), lse, dout, delta, out_dtype=out_dtype)
+
+    abstract = lambda *shape, dtype=dtype: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))  # noqa: E731
+    query, key = abstract(B, T, N, H), abstract(B, S or T, K, H)
+    place, statistic = abstract(1, T, dtype="int32"), abstract(B, T, N, dtype="float32")
+    arguments = (query, key, key, place, place, statistic, query, statistic)
+    return Case(function, arguments, jax.sharding.Mesh(np.array(devices[:1]), ("chip",)))

@@ -23,6 +23,7 @@ from pallas_kernels.attention.intervals import Intervals
 
 VMEM_BYTES = 56 * 2**20  # of the smallest VMEM, tpu7x's 64 MiB, less what the compiler needs for itself
 ROWS, KEYS = 2560, 512  # of a tile: enough work for the matrix units to stay busy while the tile begins and ends
+STRIP = 512  # while the vector units work on one strip, the matrix units multiply the next
 NOBODY = 2**30  # more than any place
 
 
@@ -32,11 +33,13 @@ class Tiling:
     queries: of a tile, of each of the heads that share a KV head.
     keys: of a tile.
     resident: keys whose gradients are in VMEM at a time; a multiple of `keys`.
+    strip: rows of a tile that are worked on at a time.
     """
 
     queries: int
     keys: int
     resident: int
+    strip: int
 
 
 def backward(
@@ -68,8 +71,8 @@ def backward(
         interpret: as in `pl.pallas_call`.
 
     Raises:
-        NotImplementedError: dtypes other than bfloat16 or float32 (the same of query, key, value and dout), or a head size
-            that is no multiple of 128.
+        NotImplementedError: dtypes other than bfloat16 or float32 (the same of query, key, value and dout), a head size
+            that is no multiple of 128, or more query heads to a KV head than fit into VMEM (of size 128, over 48).
     """
     B, T, N, H = query.shape
     S, K = key.shape[1:3]
@@ -78,8 +81,8 @@ def backward(
         raise NotImplementedError(f"attention on TPU: all in bfloat16 or in float32, not {', '.join(map(str, dtypes))}")
     if H % 128:
         raise NotImplementedError(f"attention on TPU: the head size must be a multiple of 128, not {H}")
-    out_dtype = out_dtype or query.dtype
-    tiling = tiling or choose_tiling(T, S, N // K, H, query.dtype.itemsize)
+    out_dtype = jnp.dtype(out_dtype or query.dtype)
+    tiling = tiling or choose_tiling(T, S, N // K, H, query.dtype.itemsize, out_dtype.itemsize)
     turned = _wide_matrix_units() if turned is None else turned
     pieces = -(-S // tiling.resident)
 
@@ -104,17 +107,22 @@ def backward(
     return dq, dk[:, :S].reshape(key.shape), dv[:, :S].reshape(value.shape)
 
 
-def choose_tiling(T: int, S: int, G: int, H: int, bytes_: int) -> Tiling:
-    """About ROWS rows, and as many resident keys as VMEM holds."""
-    rows = ROWS * 2 // bytes_
-    queries = min(max(128, 2 ** int(math.log2(rows / G))), 1024, -(-T // 128) * 128)
+def choose_tiling(T: int, S: int, G: int, H: int, bytes_: int, out_bytes: int) -> Tiling:
+    """About ROWS rows, and as many resident keys as VMEM holds: all of them, or pieces of one size.
+
+    Raises:
+        NotImplementedError: the smallest tile does not fit into VMEM.
+    """
+    queries = min(max(128, 2 ** int(math.log2(ROWS * 2 // bytes_ / G))), 1024, -(-T // 128) * 128)
     keys = min(KEYS * 2 // bytes_, -(-S // 128) * 128)
-    # Two buffers of each input and output, sums, and a tile's values
-    tile = G * queries * (H * (2 * 2 * bytes_ + 2 * 2 * 4 + 4 + 2 * bytes_) + keys * (8 + 2 * bytes_))
-    of_a_key = H * (2 * 2 * bytes_ + 2 * 2 * 4 + 2 * 4)
-    at_most = max((VMEM_BYTES - tile) // of_a_key // keys, 1) * keys
+    # Two buffers of each input (query, dout, dq so far; key, value) and output, the sums, the rows and a tile's values
+    of_rows = G * queries * (H * (2 * (2 * bytes_ + 4 + 4) + 4 + 2 * bytes_) + keys * (2 * bytes_ + 4))
+    of_a_key = H * (2 * (2 * bytes_ + 2 * out_bytes) + 2 * 4)
+    at_most = (VMEM_BYTES - of_rows) // of_a_key // keys * keys
+    if at_most <= 0:
+        raise NotImplementedError(f"attention on TPU: {G} query heads of size {H} to a KV head do not fit into VMEM")
     pieces = -(-S // at_most)
-    return Tiling(queries, keys, -(-S // pieces // keys) * keys)
+    return Tiling(queries, keys, -(-S // pieces // keys) * keys, STRIP)
 
 
 def _wide_matrix_units() -> bool:
@@ -228,21 +236,18 @@ def _kernel(number, runs, span, q, do, lse, delta, first, last, k, v, *refs, til
     scale = H**-0.5
     turn = (lambda x: x.T) if turned else (lambda x: x)
 
-    def by_keys(x, j):
-        """Of the sums over queries, the block of keys j."""
-        keys = pl.ds(pl.multiple_of(j * size, size), size)
-        return x.at[:, keys] if turned else x.at[keys, :]
+    def part(x, along):
+        """Of sums and operands that lie turned or not: some of the rows, or of the keys."""
+        return x.at[:, along] if turned else x.at[along, :]
 
-    def by_head(x, g):
-        """Of what has a row for each query of each head, head g."""
-        rows = pl.ds(g * block, block)
-        return x.at[:, rows] if turned else x.at[rows, :]
+    def keys_of(j):
+        return pl.ds(pl.multiple_of(j * size, size), size)
 
     @pl.when(i == 0)
     def _clear():
         def clear(j, _):
             for total in (dk_sum, dv_sum):
-                here = by_keys(total, j)
+                here = part(total, keys_of(j))
                 here[...] = jnp.zeros_like(here)
 
         jax.lax.fori_loop(0, tiling.resident // size, clear, None)
@@ -250,31 +255,36 @@ def _kernel(number, runs, span, q, do, lse, delta, first, last, k, v, *refs, til
     dq_sum[...] = jnp.zeros_like(dq_sum)
 
     def tile(j, masked: bool):
-        keys = pl.ds(pl.multiple_of(j * size, size), size)
-        k_here, v_here, q_here, do_here = k[keys, :], v[keys, :], q_rows[...], do_rows[...]
-        logits = _dot(k_here, q_here, 1, 0 if turned else 1)  # [keys, rows]
-        p = jnp.exp2(logits * (scale * math.log2(math.e)) - lse[...])
-        if masked:
-            place = j * size + jax.lax.broadcasted_iota(jnp.int32, (size, 1), 0)
-            p = jnp.where((place >= first[...]) & (place <= last[...]), p, 0.0)
-        ds = (p * (_dot(v_here, do_here, 1, 0 if turned else 1) - delta[...])).astype(q_here.dtype)
-        p = p.astype(q_here.dtype)
-        dv_here, dk_here = by_keys(dv_sum, j), by_keys(dk_sum, j)
-        if turned:
-            dv_here[...] += _dot(do_here, p, 1, 1)
-            dk_here[...] += _dot(q_here, ds, 1, 1)
-            dq_sum[...] += _dot(k_here.T, ds, 1, 0)
-        else:
-            dv_here[...] += _dot(p, do_here, 1, 0)
-            dk_here[...] += _dot(ds, q_here, 1, 0)
-            dq_sum[...] += _dot(ds, k_here, 0, 0)
+        keys = keys_of(j)
+        k_here, v_here, dk_here, dv_here = k[keys, :], v[keys, :], part(dk_sum, keys), part(dv_sum, keys)
+        k_turned = turn(k_here)
+        for begin in range(0, heads * block, tiling.strip):
+            strip = slice(begin, min(begin + tiling.strip, heads * block))
+            q_here, do_here, dq_here = part(q_rows, strip)[...], part(do_rows, strip)[...], part(dq_sum, strip)
+            logits = _dot(k_here, q_here, 1, 0 if turned else 1)  # [keys, rows]
+            exponents = logits * (scale * math.log2(math.e)) - lse[:, strip]
+            if masked:
+                place = j * size + jax.lax.broadcasted_iota(jnp.int32, (size, 1), 0)
+                exponents = jnp.where((place >= first[:, strip]) & (place <= last[:, strip]), exponents, -jnp.inf)
+            p = jnp.exp2(exponents)
+            dp = _dot(v_here, do_here, 1, 0 if turned else 1)
+            ds = (p * (dp - delta[:, strip])).astype(q_here.dtype)
+            p = p.astype(q_here.dtype)
+            if turned:
+                dv_here[...] += _dot(do_here, p, 1, 1)
+                dk_here[...] += _dot(q_here, ds, 1, 1)
+                dq_here[...] += _dot(k_turned, ds, 1, 0)
+            else:
+                dv_here[...] += _dot(p, do_here, 1, 0)
+                dk_here[...] += _dot(ds, q_here, 1, 0)
+                dq_here[...] += _dot(ds, k_here, 0, 0)
 
     @pl.when(start < stop)
     def _multiply():
         for g in range(heads):
-            columns = slice(g * H, (g + 1) * H)
-            by_head(q_rows, g)[...] = turn(q[:, columns])
-            by_head(do_rows, g)[...] = turn(do[:, columns])
+            rows, columns = slice(g * block, (g + 1) * block), slice(g * H, (g + 1) * H)
+            part(q_rows, rows)[...] = turn(q[:, columns])
+            part(do_rows, rows)[...] = turn(do[:, columns])
 
         def edge(n, _):
             tile(jnp.where(n < whole - start, start + n, after + n - (whole - start)), True)
@@ -285,8 +295,8 @@ def _kernel(number, runs, span, q, do, lse, delta, first, last, k, v, *refs, til
     @pl.when((i == 0) | (i < span[1, row]) | (not added))  # what comes after all work would write the last block again
     def _write_dq():
         for g in range(heads):
-            columns = slice(g * H, (g + 1) * H)
-            total = turn(by_head(dq_sum, g)[...]) * scale
+            rows, columns = slice(g * block, (g + 1) * block), slice(g * H, (g + 1) * H)
+            total = turn(part(dq_sum, rows)[...]) * scale
             if added:
                 total += dq_before[0][:, columns]
             dq[:, columns] = total.astype(dq.dtype)
@@ -294,9 +304,9 @@ def _kernel(number, runs, span, q, do, lse, delta, first, last, k, v, *refs, til
     @pl.when(i == pl.num_programs(2) - 1)
     def _write_dk_dv():
         def write(j, _):
-            keys = pl.ds(pl.multiple_of(j * size, size), size)
-            dk[keys, :] = (turn(by_keys(dk_sum, j)[...]) * scale).astype(dk.dtype)
-            dv[keys, :] = turn(by_keys(dv_sum, j)[...]).astype(dv.dtype)
+            keys = keys_of(j)
+            dk[keys, :] = (turn(part(dk_sum, keys)[...]) * scale).astype(dk.dtype)
+            dv[keys, :] = turn(part(dv_sum, keys)[...]).astype(dv.dtype)
 
         jax.lax.fori_loop(0, tiling.resident // size, write, None)
 

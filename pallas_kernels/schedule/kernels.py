@@ -122,6 +122,14 @@ def _attention() -> Kernel:
     return Kernel(build, "attention", tile, 2 * 128 * 8192 * 8193 // 2 // 8, 1, (1.5, 3))
 
 
+def _attention_backward() -> Kernel:
+    """A block of 512 of 8,192 queries of five heads, causal: one masked tile, and before the ith block i whole ones."""
+    tile = "for a block of 512 queries of 5 heads: 1 masked and 7.5 whole times 2560x512 scores, head size 128, T = S = 8192"
+    macs, blocks = 5 * 128 * 5 * 8192 * 8193 // 2, 16
+    clear, write = 16, 16  # blocks of keys, once for a KV head
+    return Kernel(attention.backward_case, "attention_backward", tile, macs // blocks, blocks, (clear, 1, 7.5, write))
+
+
 KERNELS: dict[str, Kernel] = {
     "grouped_matmul": _grouped("grouped_matmul"),
     "grouped_swiglu": _grouped("grouped_swiglu"),
@@ -130,6 +138,7 @@ KERNELS: dict[str, Kernel] = {
     "megablox": _megablox(8192, 5120, 8192, 16, (512, 1024, 1024)),
     "megablox_drhs": _megablox_gradient(8192, 5120, 8192, 16, (512, 1024, 1024)),
     "attention": _attention(),
+    "attention_backward": _attention_backward(),
     "splash": _splash(8192, 5, 128, 512, 1024, 1024),
     "splash_large": _splash(8192, 5, 128, 1024, 2048, 1024),
     "splash_backward": _splash(8192, 5, 128, 512, 1024, 1024, backward=True),
