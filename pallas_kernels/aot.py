@@ -8,7 +8,6 @@ finds a fault, and reads its flags once; so every compilation here happens in a 
         assert outcome.error is None, outcome.error
 """
 
-import contextlib
 import dataclasses
 import functools
 import importlib
@@ -33,12 +32,13 @@ class Case:
     Attributes:
         function: anything that `jax.jit` takes, or what `jax.jit` returned.
         arguments: pytrees of `jax.ShapeDtypeStruct`; one without a sharding lies on the first device.
-        context: makes what is to be entered while tracing, such as a mesh.
+        context: makes what is to be entered while tracing; None: a mesh of the first device alone, which says for which TPU
+            a kernel is traced.
     """
 
     function: Callable
     arguments: tuple
-    context: Callable[[], AbstractContextManager] = contextlib.nullcontext
+    context: Callable[[], AbstractContextManager] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +120,7 @@ def _serve(tpu: str, requests: list[Request]) -> None:
     """The child: one line of JSON for each request."""
     import jax
     from jax.experimental import topologies
-    from jax.sharding import SingleDeviceSharding
+    from jax.sharding import Mesh, SingleDeviceSharding
 
     devices = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[tpu]).devices
     first = SingleDeviceSharding(devices[0])
@@ -135,7 +135,7 @@ def _serve(tpu: str, requests: list[Request]) -> None:
             builder = functools.reduce(getattr, name.split("."), importlib.import_module(module))
             case = builder(devices, **request.options)
             function = case.function if hasattr(case.function, "lower") else jax.jit(case.function)
-            with case.context():
+            with case.context() if case.context else jax.set_mesh(Mesh(devices[:1], ("chip",))):
                 compiled = function.lower(*jax.tree.map(place, case.arguments)).compile()
             temporary = compiled.memory_analysis().temp_size_in_bytes
         except Exception as failure:

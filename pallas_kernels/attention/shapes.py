@@ -4,7 +4,6 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from pallas_kernels.aot import Case
 from pallas_kernels.attention import tpu_backward, tpu_forward
@@ -54,10 +53,7 @@ def backward_case(
     dtype: str = "bfloat16",
     out_dtype: str | None = None,
 ) -> Case:
-    """The TPU kernel of the gradients alone, of `S` keys (`T` if 0), for `aot.compile_for`; the mask is an argument.
-
-    The mesh says for which TPU: the kernel goes by the width of its matrix units.
-    """
+    """The TPU kernel of the gradients alone, of `S` keys (`T` if 0), for `aot.compile_for`; the mask is an argument."""
 
     def function(query, key, value, first, last, lse, dout, delta):
         return tpu_backward.backward(query, key, value, Intervals(first, last), lse, dout, delta, out_dtype=out_dtype)
@@ -66,4 +62,4 @@ def backward_case(
     query, key = abstract(B, T, N, H), abstract(B, S or T, K, H)
     place, statistic = abstract(1, T, dtype="int32"), abstract(B, T, N, dtype="float32")
     arguments = (query, key, key, place, place, statistic, query, statistic)
-    return Case(function, arguments, jax.sharding.Mesh(np.array(devices[:1]), ("chip",)))
+    return Case(function, arguments)
