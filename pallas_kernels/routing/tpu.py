@@ -30,7 +30,7 @@ def route(logits, num_choices, bias, valid, *, tile: int = TILE, interpret=False
     Raises:
         NotImplementedError: more choices than VMEM has room for.
     """
-    M, E = logits.shape
+    M, _ = logits.shape
     if -(-M // tile) * tile * -(-num_choices // 8) * 64 > MAX_PAIRS_BYTES:
         raise NotImplementedError(f"route on TPU: {M} tokens with {num_choices} choices each do not fit into VMEM; split them")
     if not M:
@@ -134,9 +134,7 @@ def _kernel(logits, bias, *refs, M: int, tiles: int):
 
         taken = (taken & counted).astype(jnp.float32)
         dimensions = (((1,), (0,)), ((), ()))
-        before = jax.lax.dot_general(
-            taken.astype(jnp.bfloat16), triangle[...], dimensions, preferred_element_type=jnp.float32
-        )
+        before = jax.lax.dot_general(taken.astype(jnp.bfloat16), triangle[...], dimensions, preferred_element_type=jnp.float32)
         before = before.astype(jnp.int32) + counts[...].astype(jnp.int32)
         for x in range(X):
             rank = jnp.sum(jnp.where(expert == experts_kept[i, x : x + 1], before, 0), axis=0, keepdims=True)
