@@ -112,7 +112,7 @@ def _grouped_gradients(lhs: bool, shape: str = "scout") -> Kernel:
         return Kernel(build, "grouped_matmul_transposed", tile, tiles.rows * size.F * tiles.columns, None)
     rows, columns, piece = dataclasses.astuple(columns_product.TILING)
     tile = f"{piece}x{rows}x{columns} of [{size.M},{size.D}]^T x [{size.M},{size.F}] for each of {size.G} groups"
-    return Kernel(build, "grouped_matmul_gradient", tile, rows * columns * piece, size.M // size.G // rows + 1)
+    return Kernel(build, "grouped_matmul_gradient", tile, rows * columns * piece, None)
 
 
 def _routing(name: str, shape: str) -> Kernel:
