@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,12 @@ class Case:
     Attributes:
         function: anything that `jax.jit` takes, or what `jax.jit` returned.
         arguments: pytrees of `jax.ShapeDtypeStruct`; one without a sharding lies on the first device.
-        mesh: the `jax.sharding.Mesh` to be set while tracing, if any.
+        context: makes what is to be entered while tracing, such as a mesh.
     """
 
     function: Callable
     arguments: tuple
-    mesh: Any = None
+    context: Callable[[], AbstractContextManager] = contextlib.nullcontext
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,8 +134,9 @@ def _serve(tpu: str, requests: list[Request]) -> None:
             module, _, name = request.builder.partition(":")
             builder = functools.reduce(getattr, name.split("."), importlib.import_module(module))
             case = builder(devices, **request.options)
-            with contextlib.nullcontext() if case.mesh is None else jax.set_mesh(case.mesh):
-                compiled = jax.jit(case.function).lower(*jax.tree.map(place, case.arguments)).compile()
+            function = case.function if hasattr(case.function, "lower") else jax.jit(case.function)
+            with case.context():
+                compiled = function.lower(*jax.tree.map(place, case.arguments)).compile()
             temporary = compiled.memory_analysis().temp_size_in_bytes
         except Exception as failure:
             error = f"{type(failure).__name__}: {failure}"

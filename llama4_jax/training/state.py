@@ -44,7 +44,8 @@ def abstract_state(model, optimizer: optax.GradientTransformation, trainable: st
     from llama4_jax.model.llama4 import logical_axes
 
     with use_mesh(mesh):
-        shapes = jax.eval_shape(_initializer(model, optimizer, trainable), jax.random.key(0))
+        initialize = _initializer(model, optimizer, trainable)
+        shapes = jax.eval_shape(lambda: initialize(jax.random.key(0)))  # makes no key: the mesh's devices may not be here
     replicated = NamedSharding(mesh, P())
     params = named_shardings(shapes.params, logical_axes(model), mesh)
     trained, _ = split(params, shapes.trainable)

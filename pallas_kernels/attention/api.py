@@ -3,11 +3,12 @@
 from jaxtyping import Array, Float
 
 from pallas_kernels import dispatch
-from pallas_kernels.attention import reference, xla
+from pallas_kernels.attention import gpu, reference, tpu, xla
 from pallas_kernels.attention.mask import Mask
 
-IMPLEMENTATIONS = {"reference": reference.attention, "xla": xla.attention}
-AUTO = {"cpu": "xla", "gpu": "xla", "tpu": "xla"}
+IMPLEMENTATIONS = {"reference": reference.attention, "xla": xla.attention, "tpu": tpu.attention, "gpu": gpu.attention}
+AUTO = {"cpu": "xla", "gpu": "gpu", "tpu": "tpu"}
+AUTO_OVER_A_CACHE = {"cpu": "xla", "gpu": "xla", "tpu": "xla"}  # keys in any order
 
 
 def attention(
@@ -24,7 +25,9 @@ def attention(
 
     Raises:
         ValueError: N is not a multiple of K, or there is no such implementation.
+        NotImplementedError: the implementation cannot take these shapes, dtypes or this mask; it says why.
     """
     if query.shape[2] % key.shape[2]:
         raise ValueError(f"attention: {query.shape[2]} query heads are not a multiple of {key.shape[2]} KV heads")
-    return dispatch.choose("attention", IMPLEMENTATIONS, AUTO, implementation)(query, key, value, mask)
+    auto = AUTO if mask.is_self_attention else AUTO_OVER_A_CACHE
+    return dispatch.choose("attention", IMPLEMENTATIONS, auto, implementation)(query, key, value, mask)

@@ -1,6 +1,7 @@
 """Who may read whom, said by positions and documents: no [T, S] array exists before a block of one is needed."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -65,3 +66,15 @@ class Mask:
         if self.chunk is not None:
             mask &= q_positions[:, :, None] // self.chunk == k_positions[:, None, :] // self.chunk
         return mask
+
+
+def by_windows(attend: Callable[..., Array], query: Array, key: Array, value: Array, mask: Mask) -> Array:
+    """`attend(query, key, value, mask)`; where every chunk is a window of its row, with the windows as rows, causal within a
+    document."""
+    T = query.shape[1]
+    if not mask.chunks_are_windows or T % mask.chunk:
+        return attend(query, key, value, mask)
+    windows = [x.reshape(-1, mask.chunk, *x.shape[2:]) for x in (query, key, value)]
+    segment_ids = mask.query_segment_ids
+    segment_ids = None if segment_ids is None else segment_ids.reshape(-1, mask.chunk)
+    return attend(*windows, Mask(query_segment_ids=segment_ids)).reshape(query.shape)

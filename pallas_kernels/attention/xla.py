@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.attention.mask import Mask
+from pallas_kernels.attention.mask import Mask, by_windows
 
 MIN_BLOCK = 64  # queries; smaller blocks skip more of the triangle but starve the matmul
 MAX_BLOCKS = 16  # of one row: each is compiled by itself
@@ -19,19 +19,7 @@ def attention(
     query: Float[Array, "B T N H"], key: Float[Array, "B S K H"], value: Float[Array, "B S K H"], mask: Mask
 ) -> Float[Array, "B T N H"]:
     """See `api.attention`."""
-    T = query.shape[1]
-    if mask.chunks_are_windows and T % mask.chunk == 0:
-        windows = [x.reshape(-1, mask.chunk, *x.shape[2:]) for x in (query, key, value)]
-        return _attention(*windows, _fold(mask)).reshape(query.shape)
-    return _attention(query, key, value, mask)
-
-
-def _fold(mask: Mask) -> Mask:
-    """The mask of rows cut into windows of one chunk: causal within a document is all that is left of it."""
-    segment_ids = mask.query_segment_ids
-    if segment_ids is not None:
-        segment_ids = segment_ids.reshape(-1, mask.chunk)
-    return Mask(query_segment_ids=segment_ids)
+    return by_windows(_attention, query, key, value, mask)
 
 
 def _attention(query, key, value, mask: Mask):

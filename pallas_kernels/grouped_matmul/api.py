@@ -1,15 +1,30 @@
 """Matrix products whose right side changes from one group of rows to the next: the experts of a sparse model."""
 
+from functools import partial
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
-from pallas_kernels.grouped_matmul import reference, tpu, xla
+from pallas_kernels.grouped_matmul import gpu, reference, tpu, xla
 from pallas_kernels.grouped_matmul.quantized import Quantized
 
-AUTO = {"cpu": "xla", "gpu": "xla", "tpu": "tpu"}
-MATMUL = {"reference": reference.grouped_matmul, "xla": xla.grouped_matmul, "tpu": tpu.grouped_matmul}
-SWIGLU = {"reference": reference.grouped_swiglu, "xla": xla.grouped_swiglu, "tpu": tpu.grouped_swiglu}
+AUTO = {"cpu": "xla", "gpu": "gpu", "tpu": "tpu"}
+_tokamax = {"ragged_dot": xla.tokamax_ragged_dot}
+MATMUL = {
+    "reference": reference.grouped_matmul,
+    "xla": xla.grouped_matmul,
+    "tpu": tpu.grouped_matmul,
+    "gpu": gpu.grouped_matmul,
+    "tokamax": partial(xla.grouped_matmul, **_tokamax),
+}
+SWIGLU = {
+    "reference": reference.grouped_swiglu,
+    "xla": xla.grouped_swiglu,
+    "tpu": tpu.grouped_swiglu,
+    "gpu": gpu.grouped_swiglu,
+    "tokamax": partial(xla.grouped_swiglu, **_tokamax),
+}
 
 
 def grouped_matmul(

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.aot import Case
+from pallas_kernels.attention import shapes as attention
 from pallas_kernels.grouped_matmul import columns as columns_product
 from pallas_kernels.grouped_matmul import shapes as grouped
 from pallas_kernels.grouped_matmul import tiling
@@ -24,6 +25,7 @@ class Kernel:
     macs: multiply-accumulates that one tile asks for.
     steps: grid steps that share what is guarded and holds no matrix work (a cleared accumulator, a finished output); None:
         a tile with work never runs it.
+    trips: of the loops without constant bounds, in the order of the listing: how often they run in a grid step, on average.
     """
 
     build: Callable[[Sequence], Case]
@@ -31,6 +33,7 @@ class Kernel:
     tile: str
     macs: int
     steps: int | None
+    trips: tuple[int | float, ...] = ()
 
 
 def _abstract(*shape: int, dtype=jnp.bfloat16) -> jax.ShapeDtypeStruct:
@@ -125,6 +128,14 @@ def _routing(name: str, shape: str) -> Kernel:
     return Kernel(build, name, f"192 rows of {size.D} in bfloat16", 0, None)
 
 
+def _attention() -> Kernel:
+    """A block of 1,024 of 8,192 queries, causal: the ith has i / 2 tiles of 1024x2048 before it, rounded down, and in masked
+    tiles of 512x512 what is left of them and the diagonal."""
+    tile = "for a block of 1024 queries: 1.5 times 1024x2048 and 6 times 512x512 scores, head size 128, T = S = 8192"
+    build = functools.partial(attention.case, shape="group")
+    return Kernel(build, "attention", tile, 2 * 128 * 8192 * 8193 // 2 // 8, 1, (1.5, 3))
+
+
 KERNELS: dict[str, Kernel] = {
     "grouped_matmul": _grouped("grouped_matmul"),
     "grouped_swiglu": _grouped("grouped_swiglu"),
@@ -139,6 +150,7 @@ KERNELS: dict[str, Kernel] = {
     "move_rows_back": _routing("move_rows_and_scores_gradient", "scout"),
     "megablox": _megablox(8192, 5120, 8192, 16, (512, 1024, 1024)),
     "megablox_drhs": _megablox_gradient(8192, 5120, 8192, 16, (512, 1024, 1024)),
+    "attention": _attention(),
     "splash": _splash(8192, 5, 128, 512, 1024, 1024),
     "splash_large": _splash(8192, 5, 128, 1024, 2048, 1024),
     "splash_backward": _splash(8192, 5, 128, 512, 1024, 1024, backward=True),

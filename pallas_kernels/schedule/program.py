@@ -53,7 +53,7 @@ class Loop:
 
     start: int
     stop: int
-    trips: int | None
+    trips: int | float | None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -138,6 +138,7 @@ def read(folder: Path, op: str, tpu: str, kernel: Kernel) -> Report:
 
 
 def report(op: str, tpu: str, kernel: Kernel, program: Program) -> Report:
+    program = _with_trips(program, kernel)
     body = [block for block in program.blocks if block.loops]
     ways, asides = _ways(body, kernel)
     runs: dict[int, float | None] = {}
@@ -149,6 +150,24 @@ def report(op: str, tpu: str, kernel: Kernel, program: Program) -> Report:
     tiles = tuple(_tile(body, way, ways, asides, kernel, program.capacity) for way in choices)
     regions = tuple(region for region in program.regions if region.blocks[0].loops)
     return Report(op, tpu, kernel.tile, _versions(), program.capacity, regions, runs, tiles)
+
+
+def _with_trips(program: Program, kernel: Kernel) -> Program:
+    """With the kernel's own figures for loops whose length the listing does not say; those inside the grid's."""
+    unknown = sorted(
+        {loop for block in program.blocks for loop in block.loops[1:] if loop.trips is None}, key=lambda loop: loop.start
+    )
+    if not kernel.trips:
+        return program
+    if len(unknown) != len(kernel.trips):
+        raise ValueError(f"{kernel.listing}: {len(unknown)} loops of unknown length, figures for {len(kernel.trips)}")
+    known = {loop: dataclasses.replace(loop, trips=trips) for loop, trips in zip(unknown, kernel.trips, strict=True)}
+
+    def renew(block: Block) -> Block:
+        return dataclasses.replace(block, loops=tuple(known.get(loop, loop) for loop in block.loops))
+
+    regions = (dataclasses.replace(region, blocks=tuple(map(renew, region.blocks))) for region in program.regions)
+    return dataclasses.replace(program, regions=tuple(regions))
 
 
 def _ways(body: list[Block], kernel: Kernel) -> tuple[list[Guard], list[Guard]]:
@@ -164,7 +183,8 @@ def _ways(body: list[Block], kernel: Kernel) -> tuple[list[Guard], list[Guard]]:
     parts = [guard for guard, work in inside.items() if work]
     parts = [guard for guard in parts if not any(o.start <= guard.start and guard.stop <= o.stop for o in parts if o != guard)]
     # An array wider than the head size is used in part, so instructions may do up to twice what was asked for.
-    alternatives = len(parts) > 1 and sum(macs[guard] for guard in parts) >= 2 * kernel.macs
+    # A kernel that says how often its loops run has said which of them do.
+    alternatives = not kernel.trips and len(parts) > 1 and sum(macs[guard] for guard in parts) >= 2 * kernel.macs
     return (parts if alternatives else []), asides
 
 
@@ -201,7 +221,7 @@ def _share(block: Block, asides: list[Guard], kernel: Kernel) -> float:
     return 1 / kernel.steps if kernel.steps else 0.0
 
 
-def _trips(block: Block) -> int:
+def _trips(block: Block) -> int | float:
     """Of the loops inside the grid's, times one another; a loop of unknown length counts once."""
     trips = 1
     for loop in block.loops[1:]:

@@ -100,6 +100,8 @@ def test_what_cannot_be_done_is_refused():
     lhs, _, weights = operands("grouped_matmul", "int8", 16)
     with pytest.raises(NotImplementedError, match="blocks must be a multiple of 32, not 16"):
         grouped_matmul(lhs, weights, jnp.array(SIZES), implementation="tpu")
+    with pytest.raises(NotImplementedError, match="no quantised matrices"):
+        grouped_matmul(lhs, weights, jnp.array(SIZES), implementation="gpu")
     with pytest.raises(ValueError, match="blocks of 48 do not divide a contraction of 512"):
         quantize(jnp.zeros((512, 8)), "int8", 48)
     with pytest.raises(ValueError, match="must be int8 or int4, not int2"):
