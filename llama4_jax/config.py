@@ -230,6 +230,7 @@ class ExecutionConfig:
     remat: Literal["none", "projections", "layer"] = "none"  # what the backward pass recomputes; see model/decoder.py
     microbatches: int = 1  # parts of the batch that are computed one after another, their gradients added
     attention: str = "auto"  # an implementation in pallas_kernels/attention
+    routing: str = "auto"  # an implementation in pallas_kernels/routing, on one device
     expert_ffn: str = "auto"  # an implementation in pallas_kernels/expert_ffn
     expert_exchange: Literal["auto", "all_to_all", "all_gather"] = "auto"  # how tokens reach experts; see parallel/README.md
     context_exchange: Literal["auto", "ring", "all_gather"] = "auto"  # how queries meet keys of other shards of a row

@@ -36,15 +36,16 @@ def expert_ffn(
     scores: Float[Array, "B T X"],
     gate_up: Weight,
     down: Weight,
+    order: tuple[Int[Array, "M X"], Int[Array, " E"]],
     *,
     implementation: str,
     exchange: str,
 ) -> Float[Array, "B T D"]:
-    """The routed experts' output, summed over each token's choices. See pallas_kernels/expert_ffn for one device, and
-    parallel/expert_parallel for how tokens and experts meet on a mesh."""
+    """The routed experts' output, summed over each token's choices. See pallas_kernels/expert_ffn for one device, where
+    `order` saves a sort, and parallel/expert_parallel for how tokens and experts meet on a mesh."""
     ffn = partial(expert_ffn_kernel.expert_ffn, implementation=implementation)
     weights = gate_up.astype(x.dtype), down.astype(x.dtype)
-    return routed_experts(x, experts, scores, *weights, ffn=ffn, exchange=exchange)
+    return routed_experts(x, experts, scores, *weights, order, ffn=ffn, exchange=exchange)
 
 
 @jax.custom_vjp

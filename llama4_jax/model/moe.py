@@ -9,24 +9,12 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from llama4_jax.config import ExecutionConfig, ModelConfig
+from llama4_jax.errors import UserError
 from llama4_jax.model.context import Context
 from llama4_jax.model.linear import Linear, expert_ffn, normal, project, swiglu
 from llama4_jax.model.transfer import initial_stddev
-
-
-@struct.dataclass
-class Routing:
-    """A router's decision; a captured one has a leading axis of blocks. Attributes:
-    logits: of every expert, float32.
-    experts: the chosen ones, best first; of equal logits the lower index.
-    scores: sigmoid of their logits; 0 for a dropped choice, to which its expert answers 0.
-    kept: choices that their expert had room for; None without a capacity.
-    """
-
-    logits: Float[Array, "*L M E"]
-    experts: Int[Array, "*L M X"]
-    scores: Float[Array, "*L M X"]
-    kept: Bool[Array, "*L M X"] | None = None
+from llama4_jax.parallel.mesh import current_mesh
+from pallas_kernels.routing import Route, route
 
 
 @struct.dataclass
@@ -49,21 +37,36 @@ class RouterStats:
     z_loss: Float[Array, "*L"]
 
 
-def router_stats(routing: Routing, valid: Bool[Array, " M"] | None) -> RouterStats:
-    num_experts = routing.logits.shape[-1]
-    weights = jnp.ones(routing.logits.shape[:1]) if valid is None else valid.astype(jnp.float32)
-    weights = weights / jnp.maximum(weights.sum(), 1.0)  # [M]
-    log_p = jax.nn.log_softmax(routing.logits, axis=-1)
-    p = jnp.exp(log_p)
-    chosen = jax.nn.one_hot(routing.experts, num_experts).mean(axis=1)  # [M, E]
-    dropped = jnp.zeros_like(weights) if routing.kept is None else 1.0 - routing.kept.mean(axis=1)  # [M]
-    load = weights @ jax.lax.stop_gradient(chosen)
+@struct.dataclass
+class Routing:
+    """A router's decision; a captured one has a leading axis of blocks. Attributes:
+    logits: of every expert, float32.
+    experts: the chosen ones, best first; of equal logits the lower index.
+    scores: sigmoid of their logits; 0 for a dropped choice, to which its expert answers 0.
+    kept: choices that their expert had room for; None without a capacity.
+    place, group_sizes: of the choices in the order of experts, see pallas_kernels/routing; of one device's tokens.
+    stats: how the tokens are spread.
+    """
+
+    logits: Float[Array, "*L M E"]
+    experts: Int[Array, "*L M X"]
+    scores: Float[Array, "*L M X"]
+    kept: Bool[Array, "*L M X"] | None
+    place: Int[Array, "*L M X"]
+    group_sizes: Int[Array, "*L E"]
+    stats: RouterStats
+
+
+def router_stats(route: Route, kept: Bool[Array, "M X"] | None = None, valid: Bool[Array, " M"] | None = None) -> RouterStats:
+    M = len(route.experts)
+    weights = jnp.ones(M) if valid is None else valid.astype(jnp.float32)
+    dropped = jnp.zeros(M) if kept is None else 1.0 - kept.mean(axis=1)
     return RouterStats(
-        load=load,
-        drop_share=jnp.vdot(weights, dropped),
-        entropy=-jnp.vdot(weights, (p * log_p).sum(axis=-1)),
-        load_balance_loss=num_experts * jnp.vdot(load, weights @ p),
-        z_loss=jnp.vdot(weights, jnp.square(jax.nn.logsumexp(routing.logits, axis=-1))),
+        load=route.load,
+        drop_share=jnp.vdot(weights / jnp.maximum(weights.sum(), 1.0), dropped),
+        entropy=route.entropy,
+        load_balance_loss=route.load.size * jnp.vdot(route.load, route.probabilities),
+        z_loss=route.z_loss,
     )
 
 
@@ -93,6 +96,16 @@ def _kept(experts: Int[Array, "M X"], rows: int, num_experts: int, context: Cont
     return kept if zigzag is None else zigzag.arrange(kept.reshape(rows, zigzag.length, -1)).reshape(kept.shape)
 
 
+def _routing(execution: ExecutionConfig) -> str:
+    """On a mesh rows find their place after their journey (parallel/expert_parallel.py), and what is left of routing is
+    plain arithmetic on each token, which the compiler splits: the reference."""
+    if current_mesh() is None:
+        return execution.routing
+    if execution.routing not in ("auto", "reference"):
+        raise UserError(f"execution.routing={execution.routing} works on one device; on a mesh use auto")
+    return "reference"
+
+
 class Router(nn.Module):
     """Top-k of the logits, then a sigmoid of each by itself: the scores do not sum to one.
 
@@ -102,6 +115,7 @@ class Router(nn.Module):
     """
 
     config: ModelConfig
+    execution: ExecutionConfig
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], context: Context) -> Routing:
@@ -115,18 +129,15 @@ class Router(nn.Module):
         with jax.default_matmul_precision("float32"):
             logits = project(x, kernel)
         logits = logits.reshape(-1, c.num_experts)  # [M, E]; not sooner: tokens over `context` do not flatten in place
-        ranked = logits
-        if c.router_bias:
-            ranked = logits + self.variable("router_bias", "bias", jnp.zeros, (c.num_experts,)).value
-        if c.experts_per_token == 1:
-            experts = jnp.argmax(ranked, axis=-1, keepdims=True).astype(jnp.int32)
-        else:
-            experts = jax.lax.top_k(ranked, c.experts_per_token)[1]
-        scores = jax.nn.sigmoid(jnp.take_along_axis(logits, experts, axis=-1))
-        if context.capacity_factor is None:
-            return Routing(logits, experts, scores)
-        kept = _kept(experts, rows, c.num_experts, context)
-        return Routing(logits, experts, jnp.where(kept, scores, 0.0), kept)
+        bias = self.variable("router_bias", "bias", jnp.zeros, (c.num_experts,)).value if c.router_bias else None
+        valid = None if context.valid is None else context.valid.reshape(-1)
+        chosen = route(logits, c.experts_per_token, bias, valid, implementation=_routing(self.execution))
+        kept, scores = None, chosen.scores
+        if context.capacity_factor is not None:
+            kept = _kept(chosen.experts, rows, c.num_experts, context)
+            scores = jnp.where(kept, scores, 0.0)
+        stats = router_stats(chosen, kept, valid)
+        return Routing(logits, chosen.experts, scores, kept, chosen.place, chosen.group_sizes, stats)
 
 
 class DenseFFN(nn.Module):
@@ -170,7 +181,9 @@ class Experts(nn.Module):
         gate_up = ExpertKernel((E, 2, D, F), axes, initial_stddev(c, "matrix"), name="gate_up")()
         down = ExpertKernel((E, F, D), ("experts", "ffn", "embed"), initial_stddev(c, "residual"), name="down")()
         experts, scores = (a.reshape(*x.shape[:2], -1) for a in (routing.experts, routing.scores))
-        return expert_ffn(x, experts, scores, gate_up, down, implementation=run.expert_ffn, exchange=run.expert_exchange)
+        order = routing.place, routing.group_sizes
+        options = {"implementation": run.expert_ffn, "exchange": run.expert_exchange}
+        return expert_ffn(x, experts, scores, gate_up, down, order, **options)
 
 
 class MoE(nn.Module):
@@ -180,7 +193,7 @@ class MoE(nn.Module):
     execution: ExecutionConfig
 
     def setup(self):
-        self.router = Router(self.config)
+        self.router = Router(self.config, self.execution)
         self.experts = Experts(self.config, self.execution)
         if self.config.shared_expert:
             self.shared_expert = DenseFFN(self.config, self.execution, self.config.expert_ffn_size)
@@ -190,4 +203,4 @@ class MoE(nn.Module):
         y = self.experts(x, routing)
         if self.config.shared_expert:
             y += self.shared_expert(x)
-        return y, router_stats(routing, None if context.valid is None else context.valid.reshape(-1))
+        return y, routing.stats

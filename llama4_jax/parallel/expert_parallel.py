@@ -84,6 +84,7 @@ def routed_experts(
     scores: Float[Array, "B T X"],
     gate_up: Float[Array, "E 2 D F"],
     down: Float[Array, "E F D"],
+    order: Any = None,
     *,
     ffn: LocalFFN,
     exchange: Literal["auto", "all_to_all", "all_gather"] = "auto",
@@ -98,7 +99,7 @@ def routed_experts(
     """
     mesh = current_mesh()
     if mesh is None or not splits_batch(mesh, *x.shape[:2]):
-        return _on_rows(ffn, x, experts, scores, gate_up, down)
+        return _on_rows(partial(ffn, order=order), x, experts, scores, gate_up, down)
     sizes = mesh.shape
     rows = P(BATCH_AXES, "context")
     gate_up_spec = partition("gate_up", gate_up.shape, P("experts", None, "embed", "ffn"), mesh)

@@ -11,7 +11,7 @@ IMPLEMENTATIONS = {
     "ragged": ragged.expert_ffn,
     "tpu": ragged.expert_ffn_tpu,
 }
-AUTO = {"cpu": "blocks", "gpu": "ragged", "tpu": "ragged"}
+AUTO = {"cpu": "blocks", "gpu": "ragged", "tpu": "tpu"}
 
 
 def expert_ffn(
@@ -20,6 +20,7 @@ def expert_ffn(
     scores: Float[Array, "M X"],
     gate_up: Float[Array, "E 2 D F"],
     down: Float[Array, "E F D"],
+    order: tuple[Int[Array, "M X"], Int[Array, " E"]] | None = None,
     *,
     implementation: str = "auto",
 ) -> Float[Array, "M D"]:
@@ -33,9 +34,11 @@ def expert_ffn(
         scores: the weight of each of them, float32.
         gate_up: of each expert, gate at index 0 and up at index 1.
         down: of each expert.
+        order: place and group sizes of these choices where a `routing.Route` has them already. An implementation that takes
+            them gives zeros for a token without a place.
 
     Raises:
         ValueError: there is no such implementation.
         NotImplementedError: the implementation cannot take these shapes or dtypes; it says why.
     """
-    return dispatch.choose("expert_ffn", IMPLEMENTATIONS, AUTO, implementation)(x, experts, scores, gate_up, down)
+    return dispatch.choose("expert_ffn", IMPLEMENTATIONS, AUTO, implementation)(x, experts, scores, gate_up, down, order)

@@ -7,6 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
 from pallas_kernels.grouped_matmul import gpu, reference, tpu, xla
+from pallas_kernels.grouped_matmul.quantized import Quantized
 
 AUTO = {"cpu": "xla", "gpu": "gpu", "tpu": "tpu"}
 _tokamax = {"ragged_dot": xla.tokamax_ragged_dot}
@@ -28,7 +29,7 @@ SWIGLU = {
 
 def grouped_matmul(
     lhs: Float[Array, "M D"],
-    rhs: Float[Array, "G D F"],
+    rhs: Float[Array, "G D F"] | Quantized,
     group_sizes: Int[Array, " E"],
     group_offset: Int[Array, ""] | int = 0,
     *,
@@ -40,6 +41,7 @@ def grouped_matmul(
     them or an expert shard's; a row of any other group, or after the last group, gives zeros.
 
     Args:
+        rhs: quantised matrices are frozen: the rows get a gradient, the matrices none.
         group_sizes: rows of each group, of any size from nothing to all; together at most M.
 
     Raises:
@@ -53,7 +55,7 @@ def grouped_matmul(
 
 def grouped_swiglu(
     lhs: Float[Array, "M D"],
-    gate_up: Float[Array, "G 2 D F"],
+    gate_up: Float[Array, "G 2 D F"] | Quantized,
     group_sizes: Int[Array, " E"],
     group_offset: Int[Array, ""] | int = 0,
     *,

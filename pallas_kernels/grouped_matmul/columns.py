@@ -57,13 +57,13 @@ def columns_product(
 
 def _kernel(tile, group, source, source_group, start, stop, x, dy, out, total):
     rows = x.shape[0]
-    visit, last = pl.program_id(3), pl.num_programs(3) - 1
+    visit = pl.program_id(3)
     top, begin, end = tile[visit] * rows, start[visit], stop[visit]
     first = (visit == 0) | (group[jnp.maximum(visit - 1, 0)] != group[visit])
 
     @pl.when(first & (begin >= end))
     def _clear():
-        total[...] = jnp.zeros_like(total)
+        out[...] = jnp.zeros_like(out)
 
     @pl.when(begin < end)
     def _multiply():
@@ -71,8 +71,6 @@ def _kernel(tile, group, source, source_group, start, stop, x, dy, out, total):
         mine = (row >= begin) & (row < end)
         zero = jnp.zeros((), x.dtype)  # other groups' rows, and whatever lies after the last row
         product = dot(jnp.where(mine, x[...], zero), jnp.where(mine, dy[0], zero), 0, 0)
-        total[...] = jnp.where(first, 0.0, total[...]) + product
-
-    @pl.when((visit == last) | (group[jnp.minimum(visit + 1, last)] != group[visit]))
-    def _write():
-        out[0, 0] = total[...].astype(out.dtype)
+        so_far = jnp.where(first, 0.0, total[...]) + product
+        total[...] = so_far
+        out[0, 0] = so_far.astype(out.dtype)  # each time, beside the product: by itself, after the last, it would wait for it

@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.grouped_matmul import visits as planning
+from pallas_kernels.grouped_matmul.quantized import Quantized
 
 TOGETHER = 16  # visits whose programs run side by side
 
@@ -68,6 +69,8 @@ def grouped_swiglu(lhs, gate_up, group_sizes, group_offset, *, tiling: Tiling | 
 
 
 def _check(lhs, rhs) -> None:
+    if isinstance(rhs, Quantized):
+        raise NotImplementedError("grouped products on GPU: no quantised matrices; implementation='xla' takes them")
     if lhs.dtype != rhs.dtype or lhs.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         raise NotImplementedError(
             f"grouped products on GPU: both in bfloat16, float16 or float32, not {lhs.dtype} x {rhs.dtype}"

@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.grouped_matmul.quantized import Quantized, dequantize
+
 
 def rows_of_groups(M: int, G: int, group_sizes, group_offset):
     """Which rows belong to each of the G groups from `group_offset` on: [G, M]."""
@@ -15,6 +17,7 @@ def rows_of_groups(M: int, G: int, group_sizes, group_offset):
 def grouped_matmul(lhs, rhs, group_sizes, group_offset):
     """See `api.grouped_matmul`."""
     wide = jnp.promote_types(lhs.dtype, jnp.float32)
+    rhs = dequantize(rhs, wide) if isinstance(rhs, Quantized) else rhs
 
     def add(total, group):
         rows, matrix = group

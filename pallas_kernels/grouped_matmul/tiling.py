@@ -21,22 +21,38 @@ class Tiling:
     piece: int
 
 
-def choose(M: int, contraction: int, N: int, bytes_: int, *, matrices: int = 1, tiles: int = 1) -> Tiling:
+def choose(
+    M: int,
+    contraction: int,
+    N: int,
+    bytes_: int,
+    *,
+    matrices: int = 1,
+    tiles: int = 1,
+    stored: float | None = None,
+    units: tuple[int, int] = (128, 128),
+) -> Tiling:
     """The first of TILES whose blocks, two of each, fit into VMEM; the smallest one if none does.
 
     Args:
         matrices: that the rows are multiplied with at the same time.
         tiles: of the output's size that are read and written.
+        stored: bytes of a matrix element where they are not `bytes_`; then a piece is there in `bytes_` too.
+        units: of the contraction's pieces and of the columns, see `divisor`.
     """
     for rows, columns in TILES:
-        rows, columns = min(rows, -(-M // 16) * 16), divisor(N, columns)
-        piece = divisor(contraction, PIECE_WORK // (rows * columns * matrices))
-        blocks = rows * contraction + matrices * contraction * columns + tiles * rows * columns
-        if 2 * bytes_ * blocks + 4 * matrices * rows * columns * (contraction > piece) <= VMEM_BYTES:
+        rows, columns = min(rows, -(-M // 16) * 16), divisor(N, columns, units[1])
+        piece = divisor(contraction, PIECE_WORK // (rows * columns * matrices), units[0])
+        blocks = bytes_ * (rows * contraction + tiles * rows * columns)
+        blocks += matrices * contraction * columns * (stored or bytes_)
+        sums = 4 * matrices * rows * columns * (contraction > piece) + bytes_ * piece * columns * (stored is not None)
+        if 2 * blocks + sums <= VMEM_BYTES:
             break
     return Tiling(rows, columns, piece)
 
 
-def divisor(size: int, at_most: int) -> int:
-    """The largest multiple of 128 up to `at_most` that divides `size`, itself one."""
-    return next(d for d in range(max(at_most // 128, 1) * 128, 0, -128) if size % d == 0)
+def divisor(size: int, at_most: int, unit: int = 128) -> int:
+    """The largest multiple of `unit` up to `at_most` that divides `size`; the smallest above where there is none; or all."""
+    below = (d for d in range(at_most // unit * unit, 0, -unit) if size % d == 0)
+    above = (d for d in range(unit, size, unit) if size % d == 0)
+    return next(below, next(above, size))

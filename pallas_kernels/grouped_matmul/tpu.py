@@ -8,6 +8,7 @@ import numpy as np
 
 from pallas_kernels.grouped_matmul import rows
 from pallas_kernels.grouped_matmul.columns import columns_product
+from pallas_kernels.grouped_matmul.quantized import Quantized
 from pallas_kernels.grouped_matmul.rows import rows_product
 from pallas_kernels.grouped_matmul.tiling import Tiling
 
@@ -20,7 +21,8 @@ def grouped_matmul(lhs, rhs, group_sizes, group_offset, *, tiling: Tiling | None
         interpret: as in `pl.pallas_call`.
 
     Raises:
-        NotImplementedError: dtypes other than bfloat16 or float32 (the same of both), or D or F no multiple of 128.
+        NotImplementedError: dtypes other than bfloat16 or float32 (the same of both, unless the matrices are quantised), D or F
+            no multiple of 128, or blocks that are no multiple of 32.
     """
     return _grouped(lhs, rhs[:, None], group_sizes, group_offset, tiling, interpret)
 
@@ -33,11 +35,15 @@ def grouped_swiglu(lhs, gate_up, group_sizes, group_offset, *, tiling: Tiling | 
 def _grouped(lhs, matrices, group_sizes, group_offset, tiling, interpret):
     """With one matrix a group its product, with two their SwiGLU."""
     D, F = matrices.shape[2:]
-    if lhs.dtype != matrices.dtype or lhs.dtype not in (jnp.bfloat16, jnp.float32):
-        dtypes = f"{lhs.dtype} x {matrices.dtype}"
+    quantized = isinstance(matrices, Quantized)
+    dtype = matrices.values.dtype if quantized else matrices.dtype
+    if lhs.dtype not in (jnp.bfloat16, jnp.float32) or (dtype != lhs.dtype and not quantized):
+        dtypes = f"{lhs.dtype} x {dtype}"
         raise NotImplementedError(f"grouped products on TPU: both in bfloat16 or in float32, not {dtypes}")
     if D % 128 or F % 128:
         raise NotImplementedError(f"grouped products on TPU: D and F must be multiples of 128, not {D} and {F}")
+    if quantized and matrices.block % 32:
+        raise NotImplementedError(f"grouped products on TPU: blocks must be a multiple of 32, not {matrices.block}")
     if not lhs.shape[0]:
         return jnp.zeros((0, F), lhs.dtype)
     return _product(lhs, matrices, group_sizes, group_offset, tiling, interpret)
@@ -68,7 +74,8 @@ def _backward(tiling, interpret, residuals, dout):
         dtype = lhs.dtype if one == len(dproduct) - 1 else jnp.float32
         backward = {"dtype": jnp.dtype(dtype), "lhs_index": one, "transposed": True}
         dlhs = rows_product(dproduct, matrices, (one,), *groups, **sum_, **backward, **options)
-    dmatrices = columns_product(lhs, dproduct, matrices.shape[0], *groups, **options)
+    frozen = isinstance(matrices, Quantized)
+    dmatrices = None if frozen else columns_product(lhs, dproduct, matrices.shape[0], *groups, **options)
     return dlhs[0], dmatrices, *(np.zeros(x.shape, jax.dtypes.float0) for x in groups)
 
 

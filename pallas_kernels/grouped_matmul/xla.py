@@ -5,9 +5,12 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.grouped_matmul.quantized import Quantized, dequantize
+
 
 def grouped_matmul(lhs, rhs, group_sizes, group_offset, *, ragged_dot=jax.lax.ragged_dot):
     """See `api.grouped_matmul`."""
+    rhs = dequantize(rhs, lhs.dtype) if isinstance(rhs, Quantized) else rhs
     if group_sizes.shape[0] == rhs.shape[0]:
         return ragged_dot(lhs, rhs, group_sizes)
     before = jnp.where(jnp.arange(group_sizes.shape[0]) < group_offset, group_sizes, 0).sum()

@@ -3,14 +3,14 @@
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import dispatch
-from pallas_kernels.routing import reference, rows, tpu
+from pallas_kernels.routing import reference, rows, rows_tpu, tpu
 from pallas_kernels.routing.decision import Route
 
 ROUTE = {"reference": reference.route, "tpu": tpu.route}
 AUTO = {"cpu": "reference", "gpu": "reference", "tpu": "tpu"}
-PERMUTE = {"reference": reference.permute, "xla": rows.permute}
-UNPERMUTE = {"reference": reference.unpermute, "xla": rows.unpermute}
-AUTO_ROWS = {"cpu": "xla", "gpu": "xla", "tpu": "xla"}
+PERMUTE = {"reference": reference.permute, "xla": rows.permute, "tpu": rows_tpu.permute}
+UNPERMUTE = {"reference": reference.unpermute, "xla": rows.unpermute, "tpu": rows_tpu.unpermute}
+AUTO_ROWS = {"cpu": "xla", "gpu": "xla", "tpu": "tpu"}
 
 
 def route(

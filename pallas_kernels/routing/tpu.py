@@ -30,7 +30,7 @@ def route(logits, num_choices, bias, valid, *, tile: int = TILE, interpret=False
     Raises:
         NotImplementedError: more choices than VMEM has room for.
     """
-    M, E = logits.shape
+    M, _ = logits.shape
     if -(-M // tile) * tile * -(-num_choices // 8) * 64 > MAX_PAIRS_BYTES:
         raise NotImplementedError(f"route on TPU: {M} tokens with {num_choices} choices each do not fit into VMEM; split them")
     if not M:

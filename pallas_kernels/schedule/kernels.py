@@ -12,6 +12,8 @@ from pallas_kernels.attention import shapes as attention
 from pallas_kernels.grouped_matmul import columns as columns_product
 from pallas_kernels.grouped_matmul import shapes as grouped
 from pallas_kernels.grouped_matmul import tiling
+from pallas_kernels.routing import shapes as routing
+from pallas_kernels.routing import tpu as router
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,11 +96,13 @@ def _splash(T: int, heads: int, H: int, q: int, kv: int, compute: int, *, backwa
     return Kernel(build, listing, tile, products * q * kv * H, T // kv)
 
 
-def _grouped(op: str, shape: str = "scout") -> Kernel:
+def _grouped(op: str, shape: str = "scout", weights: str = "bfloat16", block: int = 0) -> Kernel:
     size, halves = grouped.SHAPES[shape], 2 if op == "grouped_swiglu" else 1
-    tiles = tiling.choose(size.M, size.D, size.F, 2, matrices=halves)
+    stored = {"stored": {"int8": 1, "int4": 0.5}[weights] + 4 / block, "units": (8 * block, 128)} if block else {}
+    tiles = tiling.choose(size.M, size.D, size.F, 2, matrices=halves, **stored)
     tile = f"{tiles.rows}x{size.D}x{tiles.columns * halves} of [{size.M},{size.D}]x[{size.G},{size.D},{size.F * halves}]"
-    build = functools.partial(grouped.case, shape=shape, op=op)
+    tile += f" in {weights}, a scale for {block}" if block else ""
+    build = functools.partial(grouped.case, shape=shape, op=op, weights=weights, block=block)
     return Kernel(build, op, tile, tiles.rows * size.D * tiles.columns * halves, None)
 
 
@@ -111,7 +115,17 @@ def _grouped_gradients(lhs: bool, shape: str = "scout") -> Kernel:
         return Kernel(build, "grouped_matmul_transposed", tile, tiles.rows * size.F * tiles.columns, None)
     rows, columns, piece = dataclasses.astuple(columns_product.TILING)
     tile = f"{piece}x{rows}x{columns} of [{size.M},{size.D}]^T x [{size.M},{size.F}] for each of {size.G} groups"
-    return Kernel(build, "grouped_matmul_gradient", tile, rows * columns * piece, size.M // size.G // rows + 1)
+    return Kernel(build, "grouped_matmul_gradient", tile, rows * columns * piece, None)
+
+
+def _routing(name: str, shape: str) -> Kernel:
+    size = routing.SHAPES[shape]
+    if name == "route":
+        tile = f"{router.TILE} tokens, {size.X} of {size.E} experts"  # its matrix work counts earlier tokens
+        return Kernel(functools.partial(routing.case, shape=shape), name, tile, size.E * router.TILE**2, None)
+    gradients = name != "move_rows"
+    build = functools.partial(routing.moving, shape=shape, gradients=gradients)
+    return Kernel(build, name, f"192 rows of {size.D} in bfloat16", 0, None)
 
 
 def _attention() -> Kernel:
@@ -133,8 +147,15 @@ def _attention_backward() -> Kernel:
 KERNELS: dict[str, Kernel] = {
     "grouped_matmul": _grouped("grouped_matmul"),
     "grouped_swiglu": _grouped("grouped_swiglu"),
+    "grouped_matmul_int8": _grouped("grouped_matmul", weights="int8", block=128),
+    "grouped_matmul_int4": _grouped("grouped_matmul", weights="int4", block=32),
+    "grouped_swiglu_int8": _grouped("grouped_swiglu", weights="int8", block=128),
     "grouped_matmul_dlhs": _grouped_gradients(lhs=True),
     "grouped_matmul_drhs": _grouped_gradients(lhs=False),
+    "route": _routing("route", "scout"),
+    "route_maverick": _routing("route", "maverick"),
+    "move_rows": _routing("move_rows", "scout"),
+    "move_rows_back": _routing("move_rows_and_scores_gradient", "scout"),
     "megablox": _megablox(8192, 5120, 8192, 16, (512, 1024, 1024)),
     "megablox_drhs": _megablox_gradient(8192, 5120, 8192, 16, (512, 1024, 1024)),
     "attention": _attention(),

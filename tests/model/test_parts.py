@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from llama4_jax.config import AttentionTemperature, RopeScaling
 from llama4_jax.model.cache import EMPTY, Slots
 from llama4_jax.model.context import document_positions, temperature_factor
-from llama4_jax.model.moe import Routing, router_stats
+from llama4_jax.model.moe import router_stats
 from llama4_jax.model.norms import rms_normalize
 from llama4_jax.model.rotary import inverse_frequencies, rotate, rotation
+from pallas_kernels.routing import route
 
 
 def scaled_by_definition(theta, head_dim, scaling):
@@ -92,16 +93,14 @@ def test_ring_slots_keep_the_last_tokens_and_drop_padding():
     np.testing.assert_array_equal(slots.write(positions, places).positions, [[6, 7]])
 
 
-def routing_of(logits, X=1):
-    logits = jnp.asarray(logits, jnp.float32)
-    experts = jax.lax.top_k(logits, X)[1].astype(jnp.int32)
-    return Routing(logits, experts, jax.nn.sigmoid(jnp.take_along_axis(logits, experts, axis=-1)))
+def stats_of(logits, X=1, valid=None):
+    return router_stats(route(jnp.asarray(logits, jnp.float32), X, valid=valid))
 
 
 def test_router_losses_by_definition():
     logits = np.random.default_rng(0).standard_normal((50, 4)) * 2
     valid = np.arange(50) < 40
-    stats = router_stats(routing_of(logits, X=2), jnp.asarray(valid))
+    stats = stats_of(logits, 2, jnp.asarray(valid))
     kept = logits[valid]
     p = np.exp(kept) / np.exp(kept).sum(-1, keepdims=True)
     load = np.bincount(np.argsort(-kept, axis=-1)[:, :2].ravel(), minlength=4) / 80
@@ -113,7 +112,7 @@ def test_router_losses_by_definition():
 
 def test_the_load_balance_loss_pushes_down_the_busy_expert():
     """Its gradient lowers the logits of an expert that takes everything, and moves nothing when all are equal."""
-    loss = lambda logits: router_stats(routing_of(logits), None).load_balance_loss  # noqa: E731
+    loss = lambda logits: stats_of(logits).load_balance_loss  # noqa: E731
     gradient = jax.grad(loss)(jnp.tile(jnp.array([2.0, 0, 0, 0]), (8, 1)))
     assert (gradient[:, 0] > 0).all() and (gradient[:, 1:] < 0).all()
     even = jnp.tile(10 * jnp.eye(4), (2, 1))

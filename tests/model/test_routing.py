@@ -15,6 +15,7 @@ from tiny import TINY, tiny_model, tokens
 
 from llama4_jax.config import ExecutionConfig, ModelConfig
 from llama4_jax.errors import UserError
+from llama4_jax.model import moe
 from llama4_jax.model.cache import Cache
 from llama4_jax.model.context import make_context
 from llama4_jax.model.llama4 import Llama4, abstract_params, init_model_state
@@ -35,7 +36,7 @@ def router(X=1, **changes):
     """A router of four experts, its parameters and 50 tokens."""
     config = ModelConfig(**vars(TINY) | {"experts_per_token": X} | changes)
     x = jax.random.normal(jax.random.key(0), (1, 50, TINY.hidden_size))
-    return Router(config), {"kernel": jax.random.normal(jax.random.key(1), (TINY.hidden_size, 4)) / 8}, x
+    return Router(config, ExecutionConfig()), {"kernel": jax.random.normal(jax.random.key(1), (TINY.hidden_size, 4)) / 8}, x
 
 
 def test_the_bias_changes_the_choice_and_nothing_else():
@@ -155,3 +156,11 @@ def test_each_layer_draws_its_own_jitter():
     run = partial(jax.jit(model.apply, static_argnames="router_jitter"), {"params": params}, tokens(1, 16), rngs=rngs)
     same, other = run(router_jitter=0.0).router_stats.z_loss, run(router_jitter=0.2).router_stats.z_loss
     assert same[0] == same[1] and other[0] != other[1]
+
+
+def test_the_tpu_kernel_routes_one_device_and_is_refused_on_a_mesh(monkeypatch):
+    assert moe._routing(ExecutionConfig(routing="tpu")) == "tpu"
+    monkeypatch.setattr(moe, "current_mesh", lambda: object())
+    assert moe._routing(ExecutionConfig()) == "reference"
+    with pytest.raises(UserError, match="routing=tpu works on one device"):
+        moe._routing(ExecutionConfig(routing="tpu"))

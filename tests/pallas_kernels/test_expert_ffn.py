@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels import aot
+from pallas_kernels import aot, routing
 from pallas_kernels.expert_ffn import api, blocks, expert_ffn, ragged
 from pallas_kernels.grouped_matmul.tiling import Tiling
 
@@ -120,10 +120,22 @@ def test_the_tpu_kernels_interpreted(X):
         np.testing.assert_allclose(got, want, atol=2e-5 * max(1.0, float(jnp.abs(want).max())))
 
 
+@pytest.mark.parametrize("implementation", ["ragged", "tpu"])
+def test_an_order_that_is_known_already_is_taken(implementation):
+    """The same output as when it is computed anew, and nothing for tokens that it gives no place."""
+    x, scores, gate_up, down = inputs(30, 2, 4, D=128, F=128)
+    route = routing.reference.route(jax.random.normal(jax.random.key(0), (30, 4)), 2, None, jnp.arange(30) % 5 > 0)
+    function = ragged.expert_ffn if implementation == "ragged" else functools.partial(ragged.expert_ffn_tpu, interpret=True)
+    got = jax.jit(function)(x, route.experts, scores, gate_up, down, (route.place, route.group_sizes))
+    want = expert_ffn(x, route.experts, scores, gate_up, down, implementation="reference")
+    np.testing.assert_allclose(got, jnp.where((jnp.arange(30) % 5 > 0)[:, None], want, 0), atol=2e-4)
+
+
 def test_the_tpu_kernels_refuse_narrow_experts():
     x, scores, gate_up, down = inputs(4, 1, 2, D=128, F=64)
     with pytest.raises(NotImplementedError, match="D and F must be multiples of 128, not 128 and 64"):
-        expert_ffn(x, jnp.zeros((4, 1), jnp.int32), scores, gate_up, down, implementation="tpu")
+        ffn = functools.partial(expert_ffn, implementation="tpu")
+        jax.eval_shape(ffn, x, jnp.zeros((4, 1), jnp.int32), scores, gate_up, down)
 
 
 def test_an_unknown_implementation_is_named():

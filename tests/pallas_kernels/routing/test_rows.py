@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.routing import reference, rows
+from pallas_kernels.routing import reference, rows, rows_tpu
 
 D = 256
 
@@ -40,15 +40,20 @@ def check(functions, *arguments, tolerance=1e-5):
 
 
 XLA = rows.permute, rows.unpermute
+TPU = tuple(functools.partial(f, interpret=True) for f in (rows_tpu.permute, rows_tpu.unpermute))
+both = pytest.mark.parametrize("functions", [XLA, TPU], ids=["xla", "tpu"])
 
 
+@both
 @pytest.mark.parametrize(("M", "X", "share"), [(1, 1, 1.0), (40, 1, 0.5), (33, 3, 1.0), (17, 8, 0.3), (9, 2, 0.0)])
-def test_rows_travel_as_the_reference_has_it(M, X, share):
-    check(XLA, *operands(M, X, 8, share, seed=0))
+def test_rows_travel_as_the_reference_has_it(functions, M, X, share):
+    check(functions, *operands(M, X, 8, share, seed=0))
 
 
-def test_bfloat16_rows():
-    check(XLA, *operands(40, 2, 8, 0.7, seed=1, dtype=jnp.bfloat16), tolerance=2e-2)
+@both
+@pytest.mark.parametrize("X", [1, 2])
+def test_bfloat16_rows(functions, X):
+    check(functions, *operands(300, X, 8, 0.7, seed=1, dtype=jnp.bfloat16), tolerance=2e-2)
 
 
 @settings(max_examples=25, deadline=None)
