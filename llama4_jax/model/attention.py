@@ -57,7 +57,7 @@ class Attention(nn.Module):
                 q = (q.astype(jnp.float32) * context.temperature).astype(q.dtype)
         q = nn.with_logical_constraint(q, ("batch", "seq", "act_heads", None))
         if cache is None:
-            out = context_parallel.attention(q, k, v, kind.fresh, local=self._attend, execution=self.execution)
+            out = context_parallel.attention(q, k, v, kind.fresh, kind.spans, local=self._attend, execution=self.execution)
         else:
             out, cache = self._attend_cached(q, k, v, context, kind, cache)
         return self.output(out), cache
@@ -70,7 +70,8 @@ class Attention(nn.Module):
         needs, so they read the slots as they were, if any were filled, and each other."""
         written = cache.write(k, v, kind.places)
         if q.shape[1] == 1:
-            return self._attend(q, *_as(q, written.read()), kind.written), written
+            slots = written.keys, written.values, kind.written, written.index
+            return context_parallel.decode(q, *slots, execution=self.execution), written
 
         def joined():
             keys, values = (jnp.concatenate(pair, axis=1) for pair in zip(_as(q, cache.read()), (k, v), strict=True))

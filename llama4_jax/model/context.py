@@ -8,8 +8,9 @@ from jaxtyping import Array, Bool, Float, Int
 from llama4_jax.config import AttentionTemperature, ModelConfig
 from llama4_jax.model.cache import EMPTY, Cache, Slots
 from llama4_jax.model.rotary import Rotation, inverse_frequencies, rotation
-from llama4_jax.parallel.context_parallel import Zigzag
+from llama4_jax.parallel.context_parallel import Zigzag, spans_of
 from pallas_kernels.attention import Mask
+from pallas_kernels.attention.intervals import Intervals
 
 
 @struct.dataclass
@@ -18,12 +19,14 @@ class KindContext:
 
     Attributes:
         fresh: the mask among the tokens at hand.
+        spans: the same as places of the row, for rows that lie on several devices.
         places: the cache slot of each token; None without a cache.
         joined: the mask over the cached slots as they were, followed by the tokens at hand.
         written: the mask over the cached slots once these tokens are in them.
     """
 
     fresh: Mask
+    spans: Intervals | None = None
     places: Int[Array, "B T"] | None = None
     joined: Mask | None = None
     written: Mask | None = None
@@ -83,14 +86,21 @@ def make_context(
     segment_ids: Int[Array, "B T"] | None,
     cache: Cache | None,
     document_window: int | None,
+    zigzag: Zigzag | None = None,
 ) -> Context:
-    """Positions that are not given count from the start of each document, and go on from what the cache holds."""
-    valid = None if segment_ids is None else segment_ids != 0
+    """Positions that are not given count from the start of each document, and go on from what the cache holds.
+
+    Positions and segment ids are in the order of the row, and the result is in that of the zigzag.
+    """
     index = jnp.arange(shape[1], dtype=jnp.int32)[None]
     if positions is None and segment_ids is not None:
         positions = document_positions(segment_ids)
         if cache is not None:
             positions += cache.lengths[:, None]
+    in_rows = positions, segment_ids
+    if zigzag is not None:
+        positions, segment_ids = map(zigzag.arrange, (explicit_positions(shape, positions, segment_ids), segment_ids))
+    valid = None if segment_ids is None else segment_ids != 0
     if cache is not None:
         valid = jnp.ones(shape, bool) if valid is None else valid
         positions = cache.lengths[:, None] + index if positions is None else positions
@@ -100,11 +110,13 @@ def make_context(
     def kind(chunk: int | None, slots: Slots | None) -> KindContext:
         fresh = Mask(positions, segment_ids, chunk=chunk, document_window=document_window)
         if slots is None:
-            return KindContext(fresh)
+            return KindContext(fresh, spans_of(Mask(*in_rows, chunk=chunk), *shape, zigzag))
         places = slots.places(positions, valid)
         joined = jnp.concatenate([slots.positions, jnp.where(valid, positions, EMPTY)], axis=1)  # [B, S + T]
         written = slots.write(positions, places).positions
-        return KindContext(fresh, places, *(Mask(positions, key_positions=keys, chunk=chunk) for keys in (joined, written)))
+        return KindContext(
+            fresh, None, places, *(Mask(positions, key_positions=keys, chunk=chunk) for keys in (joined, written))
+        )
 
     return Context(
         valid=valid,
@@ -113,4 +125,5 @@ def make_context(
         local=kind(chunk, None if cache is None else cache.local),
         full=kind(None, None if cache is None else cache.full),
         cache_is_empty=None if cache is None else cache.is_empty,
+        zigzag=zigzag,
     )

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from llama4_jax.config import ExecutionConfig, ModelConfig
 from llama4_jax.errors import UserError
 from llama4_jax.model.cache import Cache
-from llama4_jax.model.context import explicit_positions, make_context
+from llama4_jax.model.context import make_context
 from llama4_jax.model.decoder import run_layers, scanned_blocks
 from llama4_jax.model.linear import normal, project
 from llama4_jax.model.losses import target_log_probs
@@ -100,12 +100,9 @@ class Llama4(nn.Module):
         if zigzag is not None:
             if positions is None and segment_ids is None:
                 document_window = self.config.attention_chunk_size  # one document a row begins where the row does
-            positions = explicit_positions(tokens.shape, positions, segment_ids)
-            tokens, positions, segment_ids, targets, places = map(
-                zigzag.arrange, (tokens, positions, segment_ids, targets, places)
-            )
-        context = make_context(self.config, tokens.shape, positions, segment_ids, cache, document_window)
-        context = context.replace(zigzag=zigzag, capacity_factor=capacity_factor, router_jitter=router_jitter)
+            tokens, targets, places = map(zigzag.arrange, (tokens, targets, places))
+        context = make_context(self.config, tokens.shape, positions, segment_ids, cache, document_window, zigzag)
+        context = context.replace(capacity_factor=capacity_factor, router_jitter=router_jitter)
         x = self.embed(tokens).astype(dtype)
         if images is not None:
             x = fuse(x, self.vision(images), places)

@@ -4,9 +4,8 @@ Layers with RoPE read within chunks. Where every chunk lies on one shard, which 
 and a shard length that is a multiple of the chunk give, they send nothing. All others, the NoPE layers above all, need the
 keys of other shards:
 
-- ring: keys and values pass from shard to shard, and each shard merges what its queries find in them (arXiv 2310.01889).
-  One hop is in the air while the one before is read. The backward pass is a ring too, in which the gradients of keys and
-  values travel with them and come home; it computes the logits again and keeps nothing of a hop.
+- ring: keys and values pass from shard to shard, and each shard merges what its queries find in them; see
+  pallas_kernels/ring_attention.
 - all-gather: every shard gets all keys and values at once, and computes the masked half of the logits as well.
 
 The layout says which places of a row a shard holds. Contiguous: shard i holds the i-th of n pieces; in the ring it then has
@@ -18,7 +17,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +29,10 @@ from jaxtyping import Array, Float, Int
 from llama4_jax.config import ExecutionConfig
 from llama4_jax.parallel.mesh import current_mesh, gather
 from llama4_jax.parallel.rules import BATCH_AXES, splits_batch
-from pallas_kernels.attention import Mask, attend_part, empty_part, merge, part_gradients
+from pallas_kernels.attention import Mask
+from pallas_kernels.attention.intervals import Intervals, intervals
+from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.ring_attention import ring_attention
 
 Exchange = Literal["ring", "all_gather"]
 
@@ -95,19 +97,32 @@ def zigzag_of(execution: ExecutionConfig, rows: int, positions: int) -> Zigzag |
     return Zigzag(positions, shards) if splits_batch(mesh, rows, positions) and positions % (2 * shards) == 0 else None
 
 
+def spans_of(mask: Mask, rows: int, positions: int, zigzag: Zigzag | None) -> Intervals | None:
+    """Which places of its row each token of [rows, positions] reads under `mask`, which is in the order of the row.
+
+    The result is in the order of the layout. None where no shard has part of a row only.
+    """
+    mesh = current_mesh()
+    if mesh is None or mesh.shape["context"] == 1 or not splits_batch(mesh, rows, positions):
+        return None
+    spans = intervals(mask, positions)
+    return spans if zigzag is None else jax.tree.map(zigzag.arrange, spans)
+
+
 def attention(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B S K H"],
     value: Float[Array, "B S K H"],
     mask: Mask,
+    spans: Intervals | None,
     *,
     local: Callable[..., Array],
     execution: ExecutionConfig,
 ) -> Float[Array, "B T N H"]:
     """Self-attention on the mesh of `use_mesh`; `local(query, key, value, mask)` is the attention of one device.
 
-    Rows lie in the order of `zigzag_of`. Without a mesh, or for shapes that the mesh does not divide, it is `local`, which
-    the compiler then splits as it sees fit.
+    Rows lie in the order of `zigzag_of`, and so do mask and `spans_of` it. Without a mesh, or for shapes that the mesh does
+    not divide, it is `local`, which the compiler then splits as it sees fit.
     """
     mesh = current_mesh()
     B, T = query.shape[:2]
@@ -115,19 +130,46 @@ def attention(
         return local(query, key, value, mask)
     shards, zigzag = mesh.shape["context"], zigzag_of(execution, B, T)
     piece = T // shards // (2 if zigzag else 1)
+    exchange = execution.context_exchange
+    exchange = _exchange(mesh, query, key) if exchange == "auto" else exchange
     if shards == 1 or (mask.chunks_are_windows and piece % mask.chunk == 0):
-        attend = local
+        attend, reads = local, mask
+    elif exchange == "ring":
+        attend = partial(ring_attention, axis="context", zigzag=zigzag is not None, implementation=execution.attention)
+        reads = spans
     else:
-        if mask.query_positions is None:
-            order = zigzag.order if zigzag else np.arange(T)
-            mask = Mask(jnp.asarray(order, jnp.int32)[None], mask.query_segment_ids, chunk=mask.chunk)
-        exchange = execution.context_exchange
-        exchange = _exchange(mesh, query, key) if exchange == "auto" else exchange
-        attend = partial(_ring, zigzag is not None) if exchange == "ring" else partial(_all_gather, local)
+        attend, reads = partial(_all_gather, local), _with_positions(mask, zigzag, T)
     rows = P(BATCH_AXES, "context", "tensor")
-    places = jax.tree.map(lambda a: P(BATCH_AXES if a.shape[0] == B else None, "context"), mask)
+    places = jax.tree.map(lambda a: P(BATCH_AXES if a.shape[0] == B else None, "context"), reads)
     mapped = jax.shard_map(attend, mesh=mesh, in_specs=(rows, rows, rows, places), out_specs=rows, check_vma=False)
-    return mapped(query, key, value, mask)
+    return mapped(query, key, value, reads)
+
+
+def decode(
+    query: Float[Array, "B T N H"],
+    keys: Float[Array, "Lb B S K H"],
+    values: Float[Array, "Lb B S K H"],
+    mask: Mask,
+    layer: Int[Array, ""],
+    *,
+    execution: ExecutionConfig,
+) -> Float[Array, "B T N H"]:
+    """A row's newest tokens over its cache, of which `mask` knows the slots. Rows and heads lie on the mesh of `use_mesh` as
+    far as it divides them; shards of `context` all do the same."""
+    mesh, B = current_mesh(), query.shape[0]
+
+    def attend(*arrays):
+        return decode_attention(*arrays[:-1], layer=arrays[-1], implementation=execution.attention).out
+
+    if mesh is None:
+        return attend(query, keys, values, mask, layer)
+    rows = None if B % math.prod(mesh.shape[axis] for axis in BATCH_AXES) else BATCH_AXES
+    heads = None if keys.shape[3] % mesh.shape["tensor"] else "tensor"
+    slots = P(None, rows, None, heads)
+    places = jax.tree.map(lambda a: P(rows if a.shape[0] == B else None), mask)
+    specs = P(rows, None, heads), slots, slots, places, P()
+    mapped = jax.shard_map(attend, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False)
+    return mapped(query, keys, values, mask, layer)
 
 
 def _exchange(mesh: AbstractMesh, query: Array, key: Array) -> Exchange:
@@ -144,116 +186,15 @@ def _exchange(mesh: AbstractMesh, query: Array, key: Array) -> Exchange:
     )
 
 
-# ------------------------------------------------------------------------------------------------------------------------
-# Inside shard_map: the keys of other shards. Causality goes by document and position, so any layout is right.
-
-
-class Keys(NamedTuple):
-    """What travels."""
-
-    key: Float[Array, "B T K H"]
-    value: Float[Array, "B T K H"]
-    positions: Int[Array, "B T"]
-    segment_ids: Int[Array, "B T"] | None
+def _with_positions(mask: Mask, zigzag: Zigzag | None, T: int) -> Mask:
+    if mask.query_positions is not None:
+        return mask
+    order = zigzag.order if zigzag else np.arange(T)
+    return Mask(jnp.asarray(order, jnp.int32)[None], mask.query_segment_ids, chunk=mask.chunk)
 
 
 def _all_gather(local, query, key, value, mask: Mask):
-    keys = Keys(key, value, mask.query_positions, mask.query_segment_ids)
-    keys = jax.tree.map(lambda a: gather(a, "context", 1), keys)
-    return local(query, keys.key, keys.value, _over(mask, keys))
-
-
-def _over(mask: Mask, keys: Keys) -> Mask:
-    """The queries' mask over these keys."""
-    return Mask(mask.query_positions, mask.query_segment_ids, keys.positions, keys.segment_ids, chunk=mask.chunk)
-
-
-class Read(NamedTuple):
-    """Which of a shard's queries read which of the keys at hand."""
-
-    queries: slice
-    keys: slice
-
-
-def _reads(length: int, zigzag: bool) -> list[Read | None]:
-    """What a shard may have to do in a hop: with its own keys, those of a shard before it, those of one after it."""
-    everything, first, second = slice(0, length), slice(0, length // 2), slice(length // 2, length)
-    own = Read(everything, everything)
-    return [own, Read(everything, first), Read(second, everything)] if zigzag else [own, own, None]
-
-
-def _which_read(hop: Int[Array, ""] | int) -> Int[Array, ""]:
-    """After `hop` hops a shard has the keys of the shard `hop` before it, round the ring."""
-    return jnp.where(hop == 0, 0, jnp.where(hop <= jax.lax.axis_index("context"), 1, 2))
-
-
-def _pass_on(tree):
-    """To the next shard of the ring."""
-    shards = jax.lax.axis_size("context")
-    return jax.tree.map(lambda a: jax.lax.ppermute(a, "context", [(i, (i + 1) % shards) for i in range(shards)]), tree)
-
-
-def _at(places: slice, tree):
-    return jax.tree.map(lambda a: a[:, places], tree)
-
-
-def _add_at(places: slice, total, part):
-    return jax.tree.map(lambda a, b: a.at[:, places].add(b), total, part)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _ring(zigzag: bool, query, key, value, mask: Mask):
-    return _ring_forward(zigzag, query, key, value, mask)[0]
-
-
-def _ring_forward(zigzag, query, key, value, mask):
-    def read(what: Read | None, part, keys: Keys):
-        if what is None:
-            return part
-        keys, places = _at(what.keys, keys), _at(what.queries, mask)
-        found = merge(_at(what.queries, part), attend_part(_at(what.queries, query), keys.key, keys.value, _over(places, keys)))
-        return jax.tree.map(lambda a, b: a.at[:, what.queries].set(b), part, found)
-
-    branches = [partial(read, what) for what in _reads(query.shape[1], zigzag)]
-
-    def hop(carry, index):
-        part, keys = carry
-        coming = _pass_on(keys)  # depends on nothing that is computed here
-        return (jax.lax.switch(_which_read(index), branches, part, keys), coming), None
-
-    keys, last = Keys(key, value, mask.query_positions, mask.query_segment_ids), jax.lax.axis_size("context") - 1
-    (part, keys), _ = jax.lax.scan(hop, (empty_part(query), keys), jnp.arange(last))
-    part = jax.lax.switch(_which_read(last), branches, part, keys)
-    out = part.out.astype(query.dtype)
-    return out, (query, key, value, mask, out, part.lse)
-
-
-def _ring_backward(zigzag, residuals, dout):
-    query, key, value, mask, out, lse = residuals
-    delta = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
-
-    def read(what: Read | None, dquery, dkeys, keys: Keys):
-        if what is None:
-            return dquery, dkeys
-        keys = _at(what.keys, keys)
-        q, places, *statistics = _at(what.queries, (query, mask, lse, dout, delta))
-        found = part_gradients(q, keys.key, keys.value, _over(places, keys), *statistics)
-        return _add_at(what.queries, dquery, found.query), _add_at(what.keys, dkeys, (found.key, found.value))
-
-    branches = [partial(read, what) for what in _reads(query.shape[1], zigzag)]
-
-    def hop(carry, index):
-        dquery, dkeys, keys = carry
-        coming = _pass_on(keys)
-        dquery, dkeys = jax.lax.switch(_which_read(index), branches, dquery, dkeys, keys)
-        return (dquery, _pass_on(dkeys), coming), None
-
-    keys, last = Keys(key, value, mask.query_positions, mask.query_segment_ids), jax.lax.axis_size("context") - 1
-    zeros = [jnp.zeros(a.shape, jnp.float32) for a in (query, key, value)]
-    carry, _ = jax.lax.scan(hop, (zeros[0], tuple(zeros[1:]), keys), jnp.arange(last))
-    dquery, dkeys = jax.lax.switch(_which_read(last), branches, *carry)
-    dkey, dvalue = _pass_on(dkeys)  # home
-    return dquery.astype(query.dtype), dkey.astype(key.dtype), dvalue.astype(value.dtype), None
-
-
-_ring.defvjp(_ring_forward, _ring_backward)
+    """Inside shard_map. Causality goes by document and position, so any layout is right."""
+    keys = key, value, mask.query_positions, mask.query_segment_ids
+    key, value, *places = jax.tree.map(lambda a: gather(a, "context", 1), keys)
+    return local(query, key, value, Mask(mask.query_positions, mask.query_segment_ids, *places, chunk=mask.chunk))

@@ -1,5 +1,5 @@
 from pallas_kernels.attention.api import attention
 from pallas_kernels.attention.mask import Mask
-from pallas_kernels.attention.parts import Part, PartGradients, attend_part, empty_part, merge, part_gradients
+from pallas_kernels.attention.parts import Part, empty_part, merge
 
-__all__ = ["Mask", "Part", "PartGradients", "attend_part", "attention", "empty_part", "merge", "part_gradients"]
+__all__ = ["Mask", "Part", "attention", "empty_part", "merge"]

@@ -52,10 +52,12 @@ def backward(
     delta: Float[Array, "B T N"],
     *,
     key_offset=0,
+    before: Float[Array, "B T N H"] | None = None,
     out_dtype=None,
     tiling: Tiling | None = None,
     turned: bool | None = None,
     interpret=False,
+    call=pl.pallas_call,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K H"]]:
     """What these keys contribute to the gradients of query, key and value.
 
@@ -65,10 +67,12 @@ def backward(
         dout: the gradient of the attention over all keys, in the dtype of the query.
         delta: sum over h of dout * out, out over all keys; finite.
         key_offset: the place of the first key here; may be traced.
+        before: float32, what other keys contributed to the gradient of the query, to be added to it.
         out_dtype: of the gradients; that of the query if None.
         tiling: chosen by shape if None.
         turned: whether the probabilities are the stationary operands; as fits the matrix units if None.
         interpret: as in `pl.pallas_call`.
+        call: what stands in for `pl.pallas_call` (see `ring_attention/ride.py`); with one piece of keys only.
 
     Raises:
         NotImplementedError: dtypes other than bfloat16 or float32 (the same of query, key, value and dout), a head size
@@ -96,12 +100,15 @@ def backward(
     def piece(dq, number):
         begin = number * tiling.resident
         here = jnp.maximum(first - begin, 0), jnp.minimum(last, S - 1) - begin
-        return _piece(q, do, k, v, *by_row, *here, number, dq, (K, H), tiling, out_dtype, turned, interpret)
+        return _piece(q, do, k, v, *by_row, *here, number, dq, (K, H), tiling, out_dtype, turned, interpret, call)
 
+    dq = None if before is None else _pad(before.reshape(B, T, N * H), tiling.queries)
     if pieces == 1:
-        dq, (dk, dv) = piece(None, jnp.int32(0))
+        dq, (dk, dv) = piece(dq, jnp.int32(0))
     else:
-        dq, (dk, dv) = jax.lax.scan(piece, jnp.zeros(q.shape, jnp.float32), jnp.arange(pieces, dtype=jnp.int32))
+        dq, (dk, dv) = jax.lax.scan(
+            piece, jnp.zeros(q.shape, jnp.float32) if dq is None else dq, jnp.arange(pieces, dtype=jnp.int32)
+        )
         dk, dv = (x.swapaxes(0, 1).reshape(k.shape) for x in (dk, dv))  # [pieces, B, resident, K*H]
     dq = dq[:, :T].astype(out_dtype).reshape(query.shape)
     return dq, dk[:, :S].reshape(key.shape), dv[:, :S].reshape(value.shape)
@@ -163,7 +170,7 @@ def _runs(first, last, tiling: Tiling):
     return jnp.stack([start, whole, after, stop]).astype(jnp.int32), span.astype(jnp.int32)
 
 
-def _piece(q, do, k, v, lse, delta, first, last, number, dq, heads, tiling, out_dtype, turned, interpret):
+def _piece(q, do, k, v, lse, delta, first, last, number, dq, heads, tiling, out_dtype, turned, interpret, call):
     """The gradients from one piece of the keys: dq, added to `dq` if that is given, and (dk, dv) of the piece.
 
     Args:
@@ -196,7 +203,7 @@ def _piece(q, do, k, v, lse, delta, first, last, number, dq, heads, tiling, out_
     if dq is not None:
         operands, in_specs = [*operands, dq], [*in_specs, of_queries]
     pairs = B * T * width * resident  # a bound: what the mask leaves is known to the device only
-    dq, dk, dv = pl.pallas_call(
+    dq, dk, dv = call(
         functools.partial(_kernel, tiling=tiling, heads=G, per_row=per_row, turned=turned, added=dq is not None),
         out_shape=[
             jax.ShapeDtypeStruct(q.shape, out_dtype if dq is None else jnp.float32),

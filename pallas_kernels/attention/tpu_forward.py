@@ -59,6 +59,7 @@ def forward(
     dtype=None,
     tiling: Tiling | None = None,
     interpret=False,
+    call=pl.pallas_call,
 ) -> Part:
     """Attention over these keys, joined with what was found among others before.
 
@@ -68,6 +69,7 @@ def forward(
         before: over other keys.
         dtype: of the result, the query's if None.
         interpret: as in `pl.pallas_call`.
+        call: what stands in for `pl.pallas_call` (see `ring_attention/ride.py`).
 
     Raises:
         NotImplementedError: H is no multiple of 128, or the dtypes are not all bfloat16 or all float32.
@@ -94,13 +96,15 @@ def forward(
     key_spec = pl.BlockSpec((1, tiling.span, H), keys_index)
     lse_spec = pl.BlockSpec((1, 1, tiling.queries), lambda b, n, i, s, *_: (b * N + n, 0, i))
     flat = lambda x: x.reshape(*x.shape[:2], -1)  # [B, T, N*H]  # noqa: E731
-    earlier, earlier_specs = (), ()
+    earlier, earlier_specs, aliases = (), (), {}
     if before is not None:
         earlier = flat(before.out), before.lse.swapaxes(1, 2).reshape(B * N, 1, T)
         earlier_specs = query_spec, lse_spec
+        if before.out.dtype == (dtype or query.dtype):
+            aliases = {9: 0, 10: 1}
     statistics = pltpu.VMEM((tiling.queries, LANES), jnp.float32)
     read = B * N * T * min(S, reach or S) // (2 if reach is None else 1)
-    out, lse = pl.pallas_call(
+    out, lse = call(
         functools.partial(_kernel, S=S, scale=H**-0.5, tiling=tiling, rows=first.shape[0], has_before=before is not None),
         out_shape=[
             jax.ShapeDtypeStruct((B, T, N * H), dtype or query.dtype),
@@ -118,6 +122,7 @@ def forward(
                 pltpu.VMEM((2, tiling.queries, LANES), jnp.int32),
             ],
         ),
+        input_output_aliases=aliases,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"), vmem_limit_bytes=60 * 2**20
         ),

@@ -9,11 +9,14 @@ import jax.numpy as jnp
 
 from pallas_kernels.aot import Case
 from pallas_kernels.attention import shapes as attention
+from pallas_kernels.decode_attention import shapes as decode
+from pallas_kernels.decode_attention.tpu import BLOCK as DECODE_BLOCK
 from pallas_kernels.grouped_matmul import columns as columns_product
 from pallas_kernels.grouped_matmul import shapes as grouped
 from pallas_kernels.grouped_matmul import tiling
 from pallas_kernels.routing import shapes as routing
 from pallas_kernels.routing import tpu as router
+from pallas_kernels.ring_attention import shapes as ring
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,6 +147,20 @@ def _attention_backward() -> Kernel:
     return Kernel(attention.backward_case, "attention_backward", tile, macs // blocks, blocks, (clear, 1, 7.5, write))
 
 
+def _ring_attention() -> Kernel:
+    """The same block in a shard's own part of the row, while keys and values travel."""
+    build = functools.partial(ring.case, shape="group")
+    return dataclasses.replace(_attention(), build=build)
+
+
+def _decode(shape: str, eight_bits: bool = False) -> Kernel:
+    size = decode.SHAPES[shape]
+    build = functools.partial(decode.case, shape=shape, eight_bits=eight_bits)
+    slots = DECODE_BLOCK // size.K
+    tile = f"{slots} of {size.S} slots of {size.K} {'8-bit ' if eight_bits else ''}heads, {size.T} queries of {size.N} heads"
+    return Kernel(build, "decode_attention", tile, 2 * size.T * size.N * slots * size.H, size.S // slots)
+
+
 KERNELS: dict[str, Kernel] = {
     "grouped_matmul": _grouped("grouped_matmul"),
     "grouped_swiglu": _grouped("grouped_swiglu"),
@@ -156,10 +173,13 @@ KERNELS: dict[str, Kernel] = {
     "route_maverick": _routing("route", "maverick"),
     "move_rows": _routing("move_rows", "scout"),
     "move_rows_back": _routing("move_rows_and_scores_gradient", "scout"),
+    "decode_attention": _decode("full"),
+    "decode_attention_int8": _decode("full", eight_bits=True),
     "megablox": _megablox(8192, 5120, 8192, 16, (512, 1024, 1024)),
     "megablox_drhs": _megablox_gradient(8192, 5120, 8192, 16, (512, 1024, 1024)),
     "attention": _attention(),
     "attention_backward": _attention_backward(),
+    "ring_attention": _ring_attention(),
     "splash": _splash(8192, 5, 128, 512, 1024, 1024),
     "splash_large": _splash(8192, 5, 128, 1024, 2048, 1024),
     "splash_backward": _splash(8192, 5, 128, 512, 1024, 1024, backward=True),

@@ -31,6 +31,7 @@ from llama4_jax.training.state import abstract_state, create_state
 from llama4_jax.training.step import make_train_step
 from pallas_kernels.attention import Mask
 from pallas_kernels.attention import attention as kernel_attention
+from pallas_kernels.attention.intervals import Intervals
 from pallas_kernels.expert_ffn import expert_ffn
 
 CHUNK, LENGTH, ROWS = 8, 64, 8
@@ -175,16 +176,18 @@ def collectives_of_attention(chunk, window, **execution) -> list[str]:
     """Of one attention, forward and backward, under data=2 x context=4."""
     mesh, local = mesh_of({"data": 2, "context": 4}), partial(kernel_attention, implementation="xla")
 
-    def gradients(q, k, v, dout, segment_ids, positions):
+    def gradients(q, k, v, dout, segment_ids, positions, spans):
         mask = Mask(positions, segment_ids, chunk=chunk, document_window=window)
-        attend = partial(context_parallel.attention, mask=mask, local=local, execution=ExecutionConfig(**execution))
+        attend = partial(
+            context_parallel.attention, mask=mask, spans=spans, local=local, execution=ExecutionConfig(**execution)
+        )
         out, pullback = jax.vjp(attend, q, k, v)
         return out, pullback(dout)
 
     with use_mesh(mesh):
         rows = lambda *shape: jax.ShapeDtypeStruct((ROWS, LENGTH, *shape), "float32", sharding=batch_sharding(mesh))  # noqa: E731
         places = jax.ShapeDtypeStruct((ROWS, LENGTH), "int32", sharding=batch_sharding(mesh))
-        return collectives(gradients, rows(4, 8), rows(2, 8), rows(2, 8), rows(4, 8), places, places)
+        return collectives(gradients, rows(4, 8), rows(2, 8), rows(2, 8), rows(4, 8), places, places, Intervals(places, places))
 
 
 def collectives_of_experts(exchange) -> list[str]:

@@ -1,0 +1,3 @@
+from pallas_kernels.ring_attention.api import ring_attention
+
+__all__ = ["ring_attention"]
