@@ -7,8 +7,8 @@ from pallas_kernels.attention import gpu, reference, tpu, xla
 from pallas_kernels.attention.mask import Mask
 
 IMPLEMENTATIONS = {"reference": reference.attention, "xla": xla.attention, "tpu": tpu.attention, "gpu": gpu.attention}
-AUTO = {"cpu": "xla", "gpu": "gpu", "tpu": "tpu"}
-AUTO_OVER_A_CACHE = {"cpu": "xla", "gpu": "xla", "tpu": "xla"}  # keys in any order
+AUTO = {"cpu": ("xla",), "gpu": ("gpu", "xla"), "tpu": ("tpu", "xla")}
+AUTO_OVER_A_CACHE = {"cpu": ("xla",), "gpu": ("xla",), "tpu": ("xla",)}  # keys in any order
 
 
 def attention(

@@ -9,7 +9,7 @@ from pallas_kernels.decode_attention import reference, tpu, xla
 from pallas_kernels.decode_attention.quantized import Quantized
 
 IMPLEMENTATIONS = {"reference": reference.decode_attention, "xla": xla.decode_attention, "tpu": tpu.decode_attention}
-AUTO = {"cpu": "xla", "gpu": "xla", "tpu": "tpu"}
+AUTO = {"cpu": ("xla",), "gpu": ("xla",), "tpu": ("tpu", "xla")}
 
 
 def decode_attention(

@@ -10,8 +10,9 @@ IMPLEMENTATIONS = {
     "blocks": blocks.expert_ffn,
     "ragged": ragged.expert_ffn,
     "tpu": ragged.expert_ffn_tpu,
+    "gpu": ragged.expert_ffn_gpu,
 }
-AUTO = {"cpu": "blocks", "gpu": "ragged", "tpu": "tpu"}
+AUTO = {"cpu": ("blocks",), "gpu": ("gpu", "ragged"), "tpu": ("tpu", "ragged")}
 
 
 def expert_ffn(

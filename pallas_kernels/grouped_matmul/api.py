@@ -9,7 +9,7 @@ from pallas_kernels import dispatch
 from pallas_kernels.grouped_matmul import gpu, reference, tpu, xla
 from pallas_kernels.grouped_matmul.quantized import Quantized
 
-AUTO = {"cpu": "xla", "gpu": "gpu", "tpu": "tpu"}
+AUTO = {"cpu": ("xla",), "gpu": ("gpu", "xla"), "tpu": ("tpu", "xla")}
 _tokamax = {"ragged_dot": xla.tokamax_ragged_dot}
 MATMUL = {
     "reference": reference.grouped_matmul,

@@ -12,7 +12,7 @@ IMPLEMENTATIONS = {
     "tpu": tpu.ring_attention,
     "gpu": gpu.ring_attention,
 }
-AUTO = {"cpu": "xla", "gpu": "gpu", "tpu": "tpu"}
+AUTO = {"cpu": ("xla",), "gpu": ("gpu", "xla"), "tpu": ("tpu", "xla")}
 
 
 def ring_attention(

@@ -55,4 +55,5 @@ def case(devices, shape: str, zigzag: bool = False, gradients: bool = False, rem
     heads = lambda n: abstract(n, size.H)  # noqa: E731
     spans = Intervals(abstract(dtype=jnp.int32), abstract(dtype=jnp.int32))
     arguments = (heads(size.N), heads(size.K), heads(size.K), spans)
-    return Case(backward, (*arguments, heads(size.N))) if gradients else Case(ring, arguments)
+    function, arguments = (backward, (*arguments, heads(size.N))) if gradients else (ring, arguments)
+    return Case(function, arguments, partial(jax.set_mesh, mesh))

@@ -7,10 +7,10 @@ from pallas_kernels.routing import reference, rows, rows_tpu, tpu
 from pallas_kernels.routing.decision import Route
 
 ROUTE = {"reference": reference.route, "tpu": tpu.route}
-AUTO = {"cpu": "reference", "gpu": "reference", "tpu": "tpu"}
+AUTO = {"cpu": ("reference",), "gpu": ("reference",), "tpu": ("tpu", "reference")}
 PERMUTE = {"reference": reference.permute, "xla": rows.permute, "tpu": rows_tpu.permute}
 UNPERMUTE = {"reference": reference.unpermute, "xla": rows.unpermute, "tpu": rows_tpu.unpermute}
-AUTO_ROWS = {"cpu": "xla", "gpu": "xla", "tpu": "tpu"}
+AUTO_ROWS = {"cpu": ("xla",), "gpu": ("xla",), "tpu": ("tpu", "xla")}
 
 
 def route(

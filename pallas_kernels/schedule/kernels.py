@@ -14,9 +14,9 @@ from pallas_kernels.decode_attention.tpu import BLOCK as DECODE_BLOCK
 from pallas_kernels.grouped_matmul import columns as columns_product
 from pallas_kernels.grouped_matmul import shapes as grouped
 from pallas_kernels.grouped_matmul import tiling
+from pallas_kernels.ring_attention import shapes as ring
 from pallas_kernels.routing import shapes as routing
 from pallas_kernels.routing import tpu as router
-from pallas_kernels.ring_attention import shapes as ring
 
 
 @dataclasses.dataclass(frozen=True)

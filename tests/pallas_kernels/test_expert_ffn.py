@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from pallas_kernels import aot, routing
 from pallas_kernels.expert_ffn import api, blocks, expert_ffn, ragged
+from pallas_kernels.grouped_matmul import gpu
 from pallas_kernels.grouped_matmul.tiling import Tiling
 
-IMPLEMENTATIONS = [name for name in api.IMPLEMENTATIONS if name not in ("reference", "tpu")]
+IMPLEMENTATIONS = [name for name in api.IMPLEMENTATIONS if name not in ("reference", "tpu", "gpu")]
 
 
 def inputs(M, X, E, D=8, F=12, seed=0, dtype=jnp.float32):
@@ -153,3 +154,20 @@ def test_no_copy_of_the_weights_stands_before_the_tpu_kernels(chip):
     for outcome in aot.compile_for(chip, requests):
         assert outcome.error is None, (outcome.request, outcome.error)
         assert outcome.temporary_bytes < 0.4e9, outcome
+
+
+def test_the_gpu_kernels_interpreted():
+    rng = np.random.default_rng(0)
+    experts = jnp.asarray(np.stack([rng.permutation(4)[:2] for _ in range(30)]), jnp.int32)
+    x, scores, gate_up, down = inputs(30, 2, 4, D=16, F=32)
+
+    def with_gradients(function):
+        y, back = jax.vjp(function, x, scores, gate_up, down)
+        return y, *back(jnp.cos(y))
+
+    tiling = gpu.Tiling(rows=16, columns=16, piece=16, warps=4, stages=2)
+    ours = functools.partial(ragged.expert_ffn_gpu, tiling=tiling, interpret=True)
+    got = jax.jit(lambda: with_gradients(lambda x, *rest: ours(x, experts, *rest)))()
+    want = with_gradients(lambda x, *rest: expert_ffn(x, experts, *rest, implementation="reference"))
+    for g, w in zip(got, want, strict=True):
+        np.testing.assert_allclose(g, w, atol=5e-5)
