@@ -15,7 +15,6 @@ import sys
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=16"
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
