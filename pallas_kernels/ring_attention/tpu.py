@@ -170,7 +170,7 @@ def _parts(query, key, layout: Layout, tiling) -> int:
     N, K, H = query.shape[2], key.shape[2], query.shape[3]
     for parts in range(layout.pieces, layout.length + 1, layout.pieces):
         size = layout.length // parts
-        chosen = tiling or tpu_backward.choose_tiling(layout.length, size, N // K, H, query.dtype.itemsize)
+        chosen = tiling or tpu_backward.choose_tiling(layout.length, size, N // K, H, query.dtype.itemsize, 4)
         if layout.length % parts == 0 and chosen.resident >= size:
             break
     return parts
