@@ -89,11 +89,12 @@ def test_one_compilation_serves_every_length_of_a_bucket(tiny):
 
 
 def test_a_stop_token_ends_a_row_and_not_its_neighbours(tiny, tokenizer, greedy):
-    stop = greedy[0][1]
-    assert stop != greedy[0][0]
+    length = next(i for i, token in enumerate(greedy[0]) if token != greedy[0][0]) + 1  # more than one, and not all
+    stop = greedy[0][length - 1]
+    assert length < NEW
     processor = Processor(tokenizer, CONFIG, stop_ids=[stop])
     first, second = Generator(tiny.model, tiny.params, processor).complete(PROMPTS, limits=Limits(NEW))
-    assert first.tokens == greedy[0][:2] and first.finish_reason == "stop"
+    assert first.tokens == greedy[0][:length] and first.finish_reason == "stop"
     until = greedy[1].index(stop) + 1 if stop in greedy[1] else NEW
     assert second.tokens == greedy[1][:until] and second.finish_reason == ("stop" if stop in greedy[1] else "length")
 
