@@ -78,7 +78,7 @@ def compile_for(tpu: str, requests: Sequence[Request], *, dump: Path | None = No
     """Compiles each request for `tpu` in one child process.
 
     Args:
-        tpu: one of TOPOLOGIES.
+        tpu: one of TOPOLOGIES, or a topology by libtpu's own name, such as "v5p:2x2x4".
         dump: an existing folder for the compiler's own listings (see `pallas_kernels.schedule`).
         timeout: seconds for all of them.
 
@@ -86,8 +86,8 @@ def compile_for(tpu: str, requests: Sequence[Request], *, dump: Path | None = No
         ValueError: no such TPU.
         RuntimeError: the child ended without an answer for every request; its last words are in the message.
     """
-    if tpu not in TOPOLOGIES:
-        raise ValueError(f"no topology {tpu!r}; choose from {', '.join(TOPOLOGIES)}")
+    if tpu not in TOPOLOGIES and tpu.partition(":")[0] not in TOPOLOGIES:
+        raise ValueError(f"no topology {tpu!r}; choose from {', '.join(TOPOLOGIES)}, or name one such as v5p:2x2x4")
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
@@ -122,7 +122,7 @@ def _serve(tpu: str, requests: list[Request]) -> None:
     from jax.experimental import topologies
     from jax.sharding import Mesh, SingleDeviceSharding
 
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[tpu]).devices
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES.get(tpu, tpu)).devices
     first = SingleDeviceSharding(devices[0])
 
     def place(argument):
