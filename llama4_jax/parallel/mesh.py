@@ -4,6 +4,8 @@ import math
 from collections.abc import Sequence
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from llama4_jax.config import MeshConfig
@@ -31,7 +33,16 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     elif free or fixed != len(devices):
         hint = f"the sizes must divide {len(devices)}" if free else f"make one axis -1, such as data, or have {fixed} devices"
         raise UserError(f"mesh {written} does not fit {len(devices)} device(s): {hint}")
-    return jax.make_mesh(tuple(sizes.values()), AXES, (AxisType.Auto,) * len(AXES), devices=devices)
+    return Mesh(_placed(tuple(sizes.values()), devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _placed(sizes: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
+    """The devices in an array of `sizes`, each axis along links of its own where the hardware has that many; else axes share
+    the links of one dimension."""
+    try:
+        return mesh_utils.create_device_mesh(sizes, devices)
+    except NotImplementedError:
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
 
 
 def current_mesh() -> AbstractMesh | None:

@@ -195,13 +195,16 @@ SMALL = dict(
 )  # fmt: skip
 
 
+SEEDS = {"no chunk, but NoPE layers": 1, "top-8, biased, tied": 1}  # under which no choice of an expert is a near tie
+
+
 @pytest.mark.parametrize(
     ("name", "dtype"), [*((name, "float32") for name in OURS), ("explicit layers, scaled RoPE", "bfloat16")]
 )
 def test_transformers_loads_what_we_save_whole_and_computes_the_same(name, dtype, tmp_path):
     chunk = OURS[name].attention_chunk_size and 8
     config = ModelConfig(**{**vars(OURS[name]), **SMALL, "attention_chunk_size": chunk})
-    random = np.random.default_rng(0)
+    random = np.random.default_rng(SEEDS.get(name, 0))
     params = jax.tree.map(
         lambda leaf: jnp.asarray(0.25 * random.standard_normal(leaf.shape) + (leaf.ndim == 1), dtype),
         abstract_params(Llama4(config)),
