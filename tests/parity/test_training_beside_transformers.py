@@ -39,7 +39,7 @@ OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_steps=10, weight_decay=0.
 OBJECTIVE = ObjectiveConfig(load_balance_weight=0.0, router_z_weight=0.0)
 # A token whose two best experts nearly tie may go to another expert on the other side, by rounding alone, and then the runs
 # part. Of this seed no choice of any step (25,600 in all) is closer than 1.3e-4 in the router's logits; few seeds do as well.
-SEED, LEAST_MARGIN = 20, 5e-5
+SEED, LEAST_MARGIN = 22, 5e-5
 
 
 def markov_batches():
