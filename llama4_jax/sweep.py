@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
-from llama4_jax import app
+from llama4_jax import app, exit_codes
 from llama4_jax.config import Experiment, validated
 from llama4_jax.errors import UserError
 
@@ -177,11 +177,11 @@ def main(overrides: dict[str, str]) -> int:
     sweep = load_sweep(flags.FLAGS.config, overrides)
     results = run_sweep(sweep, flags.FLAGS.workdir)
     if results is None:
-        return app.PREEMPTED
+        return exit_codes.PREEMPTED
     (Path(flags.FLAGS.workdir) / "table.md").write_text(table(results) + "\n")
     figure(results).savefig(Path(flags.FLAGS.workdir) / "sweep.png")
     print(f"\n{table(results)}\n\ntable.md, sweep.png and the runs are in {flags.FLAGS.workdir}")
-    return 0
+    return exit_codes.DONE
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ everything saved (start again to go on), 2 bad input.
 
 from absl import flags
 
-from llama4_jax import app
+from llama4_jax import app, exit_codes
 from llama4_jax.errors import UserError
 
 _CONFIG = flags.DEFINE_string(
@@ -28,11 +28,11 @@ def main(overrides: dict[str, str]) -> int:
 
     result = train(experiment, _WORKDIR.value)
     if result.status == "stopped":
-        return app.PREEMPTED
+        return exit_codes.PREEMPTED
     print_summary(result, _WORKDIR.value)
     if result.status == "finished":
         print_sample(result, _PROMPT.value, experiment.seed)
-    return 0
+    return exit_codes.DONE
 
 
 def print_summary(result, workdir: str) -> None:
