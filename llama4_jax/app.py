@@ -19,6 +19,7 @@ from absl import app, flags, logging
 from llama4_jax import exit_codes
 from llama4_jax.config import Experiment, validated
 from llama4_jax.errors import UserError
+from llama4_jax.parallel import processes
 
 T = TypeVar("T")
 _PREFIX = "--config."
@@ -32,8 +33,9 @@ def run(main: Callable[[dict[str, str]], int | None]) -> None:
     try:
         app.run(main, flags_parser=_parse_flags)
     except UserError as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(exit_codes.FAILED)
+        line = "error: " + " ".join(str(error).split())
+        print(line, file=sys.stderr)
+        processes.end(exit_codes.FAILED, line)
 
 
 def _parse_flags(argv: list[str]) -> dict[str, str]:
