@@ -74,8 +74,7 @@ def main(overrides: dict[str, str]) -> int:
     check_mesh(job, experiment)
     if isinstance(job, local.LocalJob):
         return run_here(job)
-    submission = _SUBMISSIONS[type(job)](job)
-    return show(submission) if _DRY_RUN.value else submit(submission)
+    return submit(_SUBMISSIONS[type(job)](job))
 
 
 def make_job(target: str, overrides: dict[str, str]) -> Job:
@@ -113,13 +112,10 @@ def run_here(job: local.LocalJob) -> int:
     return exit_codes.DONE
 
 
-def show(submission: Submission) -> int:
-    print(submission.document, end="")
-    print(f"# The text above goes to the standard input of:\n#   {submission.shell}")
-    return exit_codes.DONE
-
-
 def submit(submission: Submission) -> int:
+    if _DRY_RUN.value:
+        print(submission, end="")
+        return exit_codes.DONE
     program = submission.command[0]
     if shutil.which(program) is None:
         raise UserError(f"{program} is not on this machine; install it, go where it is, or look at what --dry_run shows")

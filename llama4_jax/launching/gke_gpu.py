@@ -52,7 +52,10 @@ def manifest(job: GkeGpuJob) -> dict[str, Any]:
         ],
         "volumeMounts": [{"name": "shared-memory", "mountPath": "/dev/shm"}],
     }
-    pod = {"volumes": [{"name": "shared-memory", "emptyDir": {"medium": "Memory"}}]}  # NCCL's, between GPUs of a machine
+    pod = {
+        "securityContext": {"fsGroup": 1000},  # the image's user may write to the storage
+        "volumes": [{"name": "shared-memory", "emptyDir": {"medium": "Memory"}}],  # NCCL's, between GPUs of a machine
+    }
     return jobset.manifest(job, nodes, container=container, pod=pod)
 
 

@@ -100,10 +100,9 @@ class Submission:
     afterwards: tuple[tuple[str, str], ...]
     folder: str | None = None
 
-    @property
-    def shell(self) -> str:
-        """The command as one would type it."""
-        return shlex.join(self.command)
+    def __str__(self) -> str:
+        """For --dry_run: the document, which stays valid with the command as its last comment."""
+        return f"{self.document}# To be read by:\n#   {shlex.join(self.command)}\n"
 
 
 def require_at_least(least: int, job: Job, *names: str) -> None:

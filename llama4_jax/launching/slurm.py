@@ -57,7 +57,7 @@ def sbatch_file(job: SlurmJob) -> str:
         f"--signal=TERM@{job.grace_seconds}",
         "--requeue",
         "--open-mode=append",
-        f"--output={job.workdir}/slurm-%j.txt",
+        f'--output="{job.workdir}/slurm-%j.txt"',
         *job.sbatch,
     ]
     return _SCRIPT.format(
