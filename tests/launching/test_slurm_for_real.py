@@ -1,5 +1,6 @@
 """sbatch files before a real SLURM of one machine; skipped where Debian's slurm-wlm and munge are not installed."""
 
+import json
 import subprocess
 import sys
 import time
@@ -115,3 +116,31 @@ def test_sigterm_reaches_every_process_and_the_job_takes_another_turn(slurm, tmp
     ended = slurm.wait(number, "COMPLETED", "FAILED", "TIMEOUT", seconds=100)
     assert ended["JobState"] == "COMPLETED" and ended["Restarts"] == "1"
     assert {line for line in printed(tmp_path).splitlines() if "TERM" in line} == {"task 0 got TERM", "task 1 got TERM"}
+
+
+def test_training_saves_when_asked_and_its_next_turn_finishes(slurm, tmp_path):
+    """The trainer itself, two processes of a device each: SIGTERM, status 42, another turn, every step once."""
+    steps = 150
+    number = slurm.submit(
+        SlurmJob(
+            config="tests/fixtures/tiny_experiment.py",
+            workdir=str(tmp_path / "my run"),
+            overrides=(f"--config.steps={steps}", "--config.log_every=1", "--config.evaluations.heldout.every=1000"),
+            processes_per_node=2,
+            grace_seconds=60,
+            python=sys.executable,
+        )
+    )
+    metrics = tmp_path / "my run" / "metrics.jsonl"
+    deadline = time.monotonic() + 150
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < 5:
+        assert time.monotonic() < deadline and slurm.state(number)["JobState"] in ("PENDING", "RUNNING")
+        time.sleep(0.3)
+    slurm.ask("scancel", "--signal=TERM", number)
+    slurm.wait(number, "PENDING", seconds=90)
+    stopped = len(metrics.read_text().splitlines())
+    assert slurm.wait(number, "COMPLETED", "FAILED", seconds=200)["JobState"] == "COMPLETED"
+    log = "".join(path.read_text() for path in (tmp_path / "my run").glob("slurm-*.txt"))
+    assert log.count("ended with status 42; asking for another turn") == 1 and slurm.state(number)["Restarts"] == "1"
+    trained = [record["step"] for line in metrics.read_text().splitlines() if "loss" in (record := json.loads(line))]
+    assert trained == list(range(1, steps + 1)) and stopped < steps
