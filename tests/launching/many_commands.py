@@ -36,7 +36,7 @@ def run_all(commands: list[list[str]], **environment: str) -> list[Ran]:
 def main() -> None:
     sys.path.insert(0, str(REPOSITORY))
     import llama4_jax.launch
-    import llama4_jax.launching.check  # noqa: F401  jax with it
+    import llama4_jax.launching.check  # jax with it
 
     for experiment in ("quickstart", "pretrain_scout"):  # and what it imports
         llama4_jax.launch.app.load_experiment(f"experiments/{experiment}.py", {})

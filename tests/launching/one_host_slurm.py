@@ -84,8 +84,8 @@ def _end_jobs(environment: dict[str, str]) -> None:
 
 
 def _start(stack: contextlib.ExitStack, command: list[str], folder: Path, environment: dict[str, str]) -> None:
-    log = stack.enter_context(open(folder / f"{command[0]}.log", "w"))
-    daemon = stack.enter_context(subprocess.Popen(command, stdout=log, stderr=log, env=environment))
+    with open(folder / f"{command[0]}.log", "w") as log:
+        daemon = stack.enter_context(subprocess.Popen(command, stdout=log, stderr=log, env=environment))
     stack.callback(_end, daemon)
 
 
