@@ -19,7 +19,7 @@ _CONFIG = flags.DEFINE_string(
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "folder of the run: checkpoints, metrics.jsonl, pictures; an interrupted run resumes from it"
 )
-_PROMPT = flags.DEFINE_string("prompt", "import ", "text that the trained model continues at the end")
+_PROMPT = flags.DEFINE_string("prompt", "import ", "text that the trained model continues at the end; empty: none")
 
 
 def main(overrides: dict[str, str]) -> int:
@@ -34,7 +34,7 @@ def main(overrides: dict[str, str]) -> int:
         return exit_codes.PREEMPTED
     if processes.is_first():
         print_summary(result, _WORKDIR.value)
-    if result.status == "finished":
+    if result.status == "finished" and _PROMPT.value:
         print_sample(result, _PROMPT.value, experiment.seed)
     return exit_codes.DONE
 
@@ -58,7 +58,8 @@ def print_sample(result, prompt: str, seed: int) -> None:
     processor = Processor(result.corpus.tokenizer, result.model.config)
     generator = Generator(result.model, result.state.params, processor, model_state=result.state.model_state)
     (sample,) = generator.complete([prompt], Sampling(temperature=0.7), Limits(max_new_tokens=96), seed=seed)
-    print(f"--- a sample that goes on from {prompt!r}\n{prompt}{sample.text}")
+    if processes.is_first():
+        print(f"--- a sample that goes on from {prompt!r}\n{prompt}{sample.text}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ def check_mesh(job: Job, experiment: Experiment) -> None:
     if job.devices is None:
         return
     sizes = axis_sizes(experiment.mesh, job.devices)
-    if sizes["dcn_data"] % job.slice_count:
+    if job.slice_count > 1 and sizes["dcn_data"] != job.slice_count:
         raise UserError(
             f"mesh dcn_data={sizes['dcn_data']} does not span {job.slice_count} slices; add --config.mesh.dcn_data={job.slice_count}"
         )
