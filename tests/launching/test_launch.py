@@ -64,26 +64,23 @@ def test_dry_run_shows_what_is_kept_here():
     assert shown == kept
 
 
-def test_without_the_clusters_command_it_says_so(tmp_path):
-    flags = [[*SLURM.split(), "--nodes=16", "--gpus_per_node=8", f"--workdir={tmp_path}/run"]]
-    (ran,) = run_all(flags, PATH=str(tmp_path))
-    assert ran.errors == "error: sbatch is not on this machine; install it, go where it is, or look at what --dry_run shows\n"
-    assert ran.status == 2 and not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("status", [0, 1])
-def test_the_document_reaches_the_command(tmp_path, status):
-    """A stand-in for kubectl keeps what it reads; what it refuses is a failure."""
+def test_the_document_reaches_the_clusters_command(tmp_path):
+    """A stand-in for kubectl keeps what it reads, and refuses one name; there is none for sbatch."""
     stand_in = tmp_path / "kubectl"
-    stand_in.write_text(f'#!/bin/sh\necho "$@" >{tmp_path}/arguments\n/bin/cat >{tmp_path}/document\nexit {status}\n')
+    stand_in.write_text(
+        f'#!/bin/sh\necho "$@" >{tmp_path}/arguments\n/bin/cat >{tmp_path}/document\n! /bin/grep -q "name: refused" {tmp_path}/document\n'
+    )
     stand_in.chmod(0o755)
-    (ran,) = run_all([[*TPU.split(), "--topology=v5p:4x4x8", "--image=i@sha256:" + "0" * 64]], PATH=str(tmp_path))
+    tpu = [*TPU.split(), "--topology=v5p:4x4x8"]
+    slurm = [*SLURM.split(), "--nodes=16", "--gpus_per_node=8", f"--workdir={tmp_path}/run"]
+    missing, refused, taken = run_all([slurm, [*tpu, "--name=refused"], tpu], PATH=str(tmp_path))
+    assert (missing.status, refused.status, taken.status) == (2, 2, 0)
+    sorry = "error: sbatch is not on this machine; install it, go where it is, or look at what --dry_run shows\n"
+    assert missing.errors == sorry and not (tmp_path / "run").exists()
+    assert refused.errors == "error: kubectl refused the job (see above)\n"
+    assert "kubectl delete jobset run --namespace=default  # saves and ends it" in taken.output
     assert (tmp_path / "arguments").read_text() == "create --validate=strict --filename=-\n"
     assert (tmp_path / "document").read_text().startswith("apiVersion: jobset.x-k8s.io/v1alpha2\n")
-    if status:
-        assert (ran.status, ran.errors) == (2, "error: kubectl refused the job (see above)\n")
-    else:
-        assert ran.status == 0 and "kubectl delete jobset run --namespace=default  # saves and ends it" in ran.output
 
 
 def test_shell_is_clean():

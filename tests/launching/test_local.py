@@ -129,12 +129,12 @@ def test_restarts_follow_failures_alone(tmp_path):
     for restarts, status, attempts in [(2, 0, 3), (1, 3, 2)]:
         folder = tmp_path / str(restarts)
         folder.mkdir()
-        assert local.run(job(max_restarts=restarts), program(folder, fails_twice)) == status
+        assert local.run(job(processes=1, max_restarts=restarts), program(folder, fails_twice)) == status
         assert len(list(folder.glob("0.started.*"))) == attempts
     for status in (exit_codes.DONE, exit_codes.FAILED, exit_codes.PREEMPTED):
         folder = tmp_path / f"status {status}"
         folder.mkdir()
-        assert local.run(job(max_restarts=5), program(folder, f"sys.exit({status})")) == status
+        assert local.run(job(processes=1, max_restarts=5), program(folder, f"sys.exit({status})")) == status
         assert len(list(folder.glob("0.started.*"))) == 1
 
 
