@@ -107,7 +107,7 @@ def run_here(job: local.LocalJob) -> int:
     command = (sys.executable, *job.program)
     if not _DRY_RUN.value:
         return local.run(job, command)
-    for told in local.environments(job, port=0):
+    for told in local.environments(job, port="PORT"):
         print(" ".join(f"{name}={value}" for name, value in told.items()), *command)
     return exit_codes.DONE
 

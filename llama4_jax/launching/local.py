@@ -52,7 +52,7 @@ class LocalJob(Job):
         return self.processes * self.devices_per_process or None
 
 
-def environments(job: LocalJob, port: int) -> list[dict[str, str]]:
+def environments(job: LocalJob, port: int | str) -> list[dict[str, str]]:
     """What each process is told, beside the environment that it inherits."""
     told = [
         {
