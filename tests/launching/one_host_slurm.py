@@ -1,4 +1,4 @@
-"""A SLURM of one machine for tests: munged, slurmctld and slurmd as children of this process, in one folder, on loopback.
+"""A SLURM of two nodes on one machine for tests: its daemons are children of this process, in one folder, on loopback.
 
 Needs Debian's packages slurm-wlm and munge, and nothing of their set-up.
 """
@@ -16,11 +16,11 @@ from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel")
 
+# Both nodes are this machine: their names have to be ones that it finds itself by.
 _CONFIGURATION = """\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ports[0]}
-SlurmdPort={ports[1]}
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
@@ -31,9 +31,9 @@ ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SwitchType=switch/none
 StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool
+SlurmdSpoolDir={folder}/spool-%n
 SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdPidFile={folder}/slurmd.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
 ReturnToService=2
 SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=5,bf_interval=5
@@ -41,7 +41,8 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 KillWait=30
 InactiveLimit=0
-NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} State=UNKNOWN
+NodeName={host} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs={cpus} State=UNKNOWN
+NodeName=localhost NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs={cpus} State=UNKNOWN
 PartitionName=test Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=FORCE:8
 """
 
@@ -56,13 +57,13 @@ def missing() -> list[str]:
 def running(folder: Path) -> Iterator[dict[str, str]]:
     """The environment for sbatch and its like, while the daemons run."""
     host = socket.gethostname().split(".")[0]
-    for name in ("state", "spool"):
+    for name in ("state", f"spool-{host}", "spool-localhost"):
         (folder / name).mkdir()
     (folder / "munge.key").write_bytes(secrets.token_bytes(128))
     (folder / "munge.key").chmod(0o400)
     configuration = folder / "slurm.conf"
     configuration.write_text(
-        _CONFIGURATION.format(host=host, ports=_free_ports(2), user=getpass.getuser(), folder=folder, cpus=os.cpu_count())
+        _CONFIGURATION.format(host=host, ports=_free_ports(3), user=getpass.getuser(), folder=folder, cpus=os.cpu_count())
     )
     environment = os.environ | {"SLURM_CONF": str(configuration), "PATH": os.environ["PATH"] + ":/usr/sbin:/sbin"}
     munged = ["munged", "--foreground", "--force", f"--socket={folder}/munge.socket", f"--key-file={folder}/munge.key"]
@@ -71,8 +72,11 @@ def running(folder: Path) -> Iterator[dict[str, str]]:
         _start(stack, munged, folder, environment)
         _wait_for("munged", (folder / "munge.socket").exists)
         _start(stack, ["slurmctld", "-D", "-f", str(configuration)], folder, environment)
-        _start(stack, ["slurmd", "-D", "-f", str(configuration)], folder, environment)
-        _wait_for("an idle node", lambda: "idle" in _output(["sinfo", "--noheader", "--format=%T"], environment))
+        for node in (host, "localhost"):
+            _start(stack, ["slurmd", "-D", "-N", node, "-f", str(configuration)], folder, environment)
+        _wait_for(
+            "idle nodes", lambda: _output(["sinfo", "--noheader", "--Node", "--format=%T"], environment).split() == ["idle"] * 2
+        )
         stack.callback(_end_jobs, environment)
         yield environment
 

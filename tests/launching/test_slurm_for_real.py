@@ -1,4 +1,4 @@
-"""sbatch files before a real SLURM of one machine; skipped where Debian's slurm-wlm and munge are not installed."""
+"""sbatch files before a real SLURM, of two nodes on one machine; skipped where Debian's slurm-wlm and munge are not installed."""
 
 import json
 import subprocess
@@ -65,7 +65,7 @@ def fake_python(folder: Path, body: str) -> str:
 
 
 def job(folder: Path, body: str, **fields) -> SlurmJob:
-    values = {"config": "c.py", "workdir": str(folder / "run"), "processes_per_node": 2, "grace_seconds": 10} | fields
+    values = {"config": "c.py", "workdir": str(folder / "run"), "nodes": 2, "grace_seconds": 10} | fields
     return SlurmJob(python=fake_python(folder, body), **values)
 
 
@@ -121,14 +121,14 @@ def test_sigterm_reaches_every_process_and_the_job_takes_another_turn(slurm, tmp
 
 
 def test_training_saves_when_asked_and_its_next_turn_finishes(slurm, tmp_path):
-    """The trainer itself, two processes of a device each: SIGTERM, status 42, another turn, every step once."""
+    """The trainer itself, a process and a device on each of two nodes: SIGTERM, status 42, another turn, every step once."""
     steps = 150
     number = slurm.submit(
         SlurmJob(
             config="tests/fixtures/tiny_experiment.py",
             workdir=str(tmp_path / "my run"),
             overrides=(f"--config.steps={steps}", "--config.log_every=1", "--config.evaluations.heldout.every=1000"),
-            processes_per_node=2,
+            nodes=2,
             grace_seconds=60,
             python=sys.executable,
         )
