@@ -31,7 +31,6 @@ def start_job(tmp_path_factory):
     Each has .process, .output(), which is what it has printed so far, and .ended(timeout), its status when it has ended.
     """
     folder, started = tmp_path_factory.mktemp("job"), []
-    compiled = {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 
     def start(count, *arguments, devices=4):
         with socket.socket() as probe:
@@ -45,7 +44,7 @@ def start_job(tmp_path_factory):
             with log.open("w") as file:
                 process = subprocess.Popen(
                     [sys.executable, *map(str, arguments)],
-                    env=os.environ | compiled | environment,
+                    env=os.environ | environment,
                     stdout=file,
                     stderr=subprocess.STDOUT,
                 )

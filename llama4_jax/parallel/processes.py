@@ -260,6 +260,18 @@ def first_then_others(what: str, make: Callable[[], T], *, limit_seconds: int = 
     return made[0] if made else make()
 
 
+def meet(what: str, *, limit_seconds: int = 3600) -> None:
+    """Returns when all processes have come to this call. Raises TimeoutError that counts and names the missing."""
+    import jax
+
+    if jax.process_count() == 1:
+        return
+    try:
+        _client().wait_at_barrier(f"llama4_jax/meet/{next(_calls)}/{what}", limit_seconds * 1000)
+    except jax.errors.JaxRuntimeError as error:
+        raise TimeoutError(f"not all processes came to {what} in {limit_seconds} s: {error}") from error
+
+
 def _client() -> Any:
     from jax._src import distributed  # nothing public has the service's keys and values
 

@@ -220,6 +220,7 @@ class _Sitting:
             microbatches=self.experiment.execution.microbatches,
         )
         compiled = step.lower(self.state, batch).compile()
+        processes.meet("the compiled step")  # on CPU, the step's first collective gives a late process 30 seconds only
         data = self.experiment.data
         self.tokens_per_step = data.batch_size * data.sequence_length
         model = self.experiment.model
