@@ -15,9 +15,9 @@ SETTINGS = {"steps": 6, "checkpoint.every": 3, "evaluations.heldout.every": 6, "
 LIMIT = 300  # seconds; a run takes fifteen on two idle cores
 
 
-def training(workdir, *, context=1, **mesh):
-    """Arguments of the app. Rows are read by several processes where `context` goes across them."""
-    settings = SETTINGS | {"mesh.context": context} | {f"mesh.{axis}": size for axis, size in mesh.items()}
+def training(workdir, changes=None, **mesh):
+    """Arguments of the app."""
+    settings = SETTINGS | {f"mesh.{axis}": size for axis, size in mesh.items()} | (changes or {})
     overrides = [f"--config.{name}={value}" for name, value in settings.items()]
     return [f"--config={FIXTURE}", f"--workdir={workdir}", "--prompt=", *overrides]
 
@@ -39,6 +39,16 @@ def assert_same_run(workdir, other):
             assert one[name] == pytest.approx(two[name], rel=1e-6)
 
 
+def test_two_processes_train_a_dense_model_as_one(start_job, tmp_path):
+    """The quick one. Weights are split within a process, rows over both; the checkpoint is written by both."""
+    dense = {"model.num_layers": 1, "model.moe_interval": 0, "model.dense_ffn_size": 32, "steps": 3}
+    for count in (1, 2):
+        arguments = training(tmp_path / str(count), dense, data=2, fsdp=4)
+        finish(start_job(count, "-m", "llama4_jax.train", *arguments, devices=8 // count))
+    assert_same_run(tmp_path / "2", tmp_path / "1")
+    assert [path.name for path in (tmp_path / "2/checkpoints").iterdir()] == ["3"]
+
+
 @pytest.fixture(scope="module")
 def one_process(start_job, tmp_path_factory):
     """Six steps on eight devices of one process."""
@@ -56,7 +66,8 @@ def two_processes(start_job, tmp_path_factory):
     return workdir, [process.output() for process in job]
 
 
-def test_two_processes_train_as_one_and_the_first_alone_speaks(one_process, two_processes):
+@pytest.mark.slow
+def test_two_processes_train_experts_as_one_and_the_first_alone_speaks(one_process, two_processes):
     workdir, (first, second) = two_processes
     assert_same_run(workdir, one_process)
     assert "step 6/6: loss" in first and "bits a byte" in first
