@@ -90,11 +90,31 @@ def test_another_number_of_processes_goes_on_from_their_checkpoint(start_job, tw
     assert_same_run(workdir, two_processes[0])
 
 
+WITH_BATCHES = """
+import time
+import jax
+from llama4_jax import app
+from llama4_jax.train import main
+from llama4_jax.data.pipeline import TrainBatches
+
+read_next, read = TrainBatches.__next__, []
+
+def act_and_read(batches):
+    read.append(None)
+    {act}
+    return read_next(batches)
+
+TrainBatches.__next__ = act_and_read
+app.run(main)
+"""
+
+
 @pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_at_one_step(start_job, two_processes, tmp_path):
     """To the one that does not lead. All save the same step and say by their status that they may be started again."""
     workdir = tmp_path / "run"
-    job = start_job(2, "-m", "llama4_jax.train", *training(workdir, data=2, fsdp=2, expert=2))
+    slowly = WITH_BATCHES.replace("{act}", "time.sleep(0.7)")  # jax looks once a second whether there was a signal
+    job = start_job(2, "-c", slowly, *training(workdir, data=2, fsdp=2, expert=2))
     wait_until(lambda: "memory of a device" in job[0].output(), job)  # the first step is about to run
     job[1].process.send_signal(signal.SIGTERM)
     finish(job, exit_codes.PREEMPTED)
@@ -104,32 +124,12 @@ def test_a_signal_to_one_process_stops_all_at_one_step(start_job, two_processes,
     assert_same_run(workdir, two_processes[0])
 
 
-FAILING = """
-import jax
-from llama4_jax import app
-from llama4_jax.train import main
-from llama4_jax.data.pipeline import TrainBatches
-
-read_next, read = TrainBatches.__next__, []
-
-def fail_at_the_third(batches):
-    read.append(None)
-    if len(read) == 3 and jax.process_index() == 1:
-        raise OSError("the disk is on fire")
-    return read_next(batches)
-
-TrainBatches.__next__ = fail_at_the_third
-app.run(main)
-"""
-
-
 @pytest.mark.slow
 def test_an_exception_in_one_process_ends_all_at_once_and_is_told_by_all(start_job, tmp_path):
-    job = start_job(2, "-c", FAILING, *training(tmp_path / "run", data=2, fsdp=2, expert=2))
-    wait_until(lambda: "step 1/6" in job[0].output(), job)
-    read = time.monotonic()
-    finish(job, exit_codes.RETRY)
-    assert time.monotonic() - read < 20
+    fault = "if len(read) == 3 and jax.process_index() == 1: raise OSError('the disk is on fire')"
+    job = start_job(2, "-c", WITH_BATCHES.replace("{act}", fault), *training(tmp_path / "run", data=2, fsdp=2, expert=2))
+    assert job[1].ended(LIMIT) == exit_codes.RETRY, job[1].output()[-3000:]
+    assert job[0].ended(10) == exit_codes.RETRY, job[0].output()[-3000:]
     assert "Traceback" in job[1].output() and "process 1 of 2 failed" in job[1].output()
     assert "process 0 of 2 ends, for process 1 failed: OSError: the disk is on fire" in job[0].output()
 
