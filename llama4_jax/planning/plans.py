@@ -1,6 +1,7 @@
 """From a job to a plan: compile and measure where there is a compiler, estimate where there is none."""
 
 import contextlib
+import sys
 from collections.abc import Iterator
 
 from tqdm import tqdm
@@ -62,7 +63,8 @@ def _estimated(job: Job, experiment: Experiment, topology: Topology, total_token
 @contextlib.contextmanager
 def _progress(what: str) -> Iterator[Tick]:
     """A line that runs while the compiler does: it knows no end, so there is no bar."""
-    with tqdm(desc=what, bar_format="{desc}: {elapsed}{postfix}", leave=False) as line:
+    interval = 0.5 if sys.stderr.isatty() else 30
+    with tqdm(desc=what, bar_format="{desc}: {elapsed}{postfix}", mininterval=interval, leave=False) as line:
 
         def tick(seconds: float, size: float) -> None:
             line.set_postfix_str(f"{size / 1e9:.1f} GB", refresh=False)
