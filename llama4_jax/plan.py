@@ -7,6 +7,7 @@ llama4_jax/planning/README.md for what is counted and how.
 """
 
 import json
+import os
 from pathlib import Path
 
 from absl import flags
@@ -23,6 +24,9 @@ _PROGRAM = flags.DEFINE_enum(
     "program", "train", ["train", "prefill", "decode"], "what runs: an update, a piece of prompts, a token"
 )
 _ESTIMATE = flags.DEFINE_bool("estimate", False, "from shapes alone, in a second, without a compiler")
+_SEARCH = flags.DEFINE_integer(
+    "search", None, "rank all meshes and remat policies by the estimate, and compile that many of the best"
+)
 _TOKENS = flags.DEFINE_float("tokens", 1e12, "tokens for which chip-hours are told")
 _JSON = flags.DEFINE_string("json", None, "file for the report as JSON")
 _PICTURE = flags.DEFINE_string("picture", None, "file for the report as a picture (.png, .svg)")
@@ -32,12 +36,14 @@ _TIMEOUT = flags.DEFINE_float("timeout", 3600, "seconds after which the compiler
 def main(overrides: dict[str, str]) -> int:
     if _CONFIG.value is None or _TOPOLOGY.value is None:
         raise UserError("--config=FILE and --topology=CHIP:SIZES are both needed")
+    os.environ["JAX_PLATFORMS"] = "cpu"  # a plan needs no device, and takes none
     from llama4_jax.planning import plans  # after the flags: a misspelt one answers at once
     from llama4_jax.planning.compiler import Bounds, Job
     from llama4_jax.planning.report import as_text
 
     job = Job(_CONFIG.value, _TOPOLOGY.value, _SLICES.value, _PROGRAM.value, overrides)
-    plan = plans.make(job, estimated=_ESTIMATE.value, total_tokens=_TOKENS.value, bounds=Bounds(_TIMEOUT.value))
+    options = {"estimated": _ESTIMATE.value, "total_tokens": _TOKENS.value, "bounds": Bounds(_TIMEOUT.value)}
+    plan = plans.make(job, **options) if _SEARCH.value is None else plans.search(job, _SEARCH.value, say=print, **options)
     print(as_text(plan))
     if _JSON.value:
         Path(_JSON.value).write_text(json.dumps(plan.as_json(), indent=1) + "\n")

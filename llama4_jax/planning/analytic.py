@@ -121,24 +121,20 @@ class _Estimate:
         parameters = sum(w.local for w in self.weights)
         if not self.train:
             arguments = {"parameters": self.item * parameters, "cache": self._cache_bytes()}
-            rows = self.tokens / self.rows
             temporaries = self.item * self._layer_weights() + self.item * self.tokens * max(self._activations())
-            temporaries += 4 * self.rows * model.vocab_size / self.sizes["tensor"] + 0 * rows
+            temporaries += 4 * self.rows * model.vocab_size / self.sizes["tensor"]
             return Memory({k: float(v) for k, v in arguments.items()}, float(temporaries), 0.0, 0.0)
         moments = 2 if e.optimizer.rule == "adamw" else 1
         batch = 20 * e.data.batch_size * e.data.sequence_length / (e.data.batch_size / self.rows) / self.context
         arguments = {"parameters": 4 * parameters, "optimizer": 4 * moments * parameters, "batch": batch}
         kept = {"layer": 0.0, "projections": self._projections(), "none": sum(self._activations())}[self.run.remat]
-        layers = self.item * self.tokens * (model.num_layers * model.hidden_size / self._wide() + kept)
+        layers = self.item * self.tokens * (model.num_layers * model.hidden_size + kept)
         gradients = 4 * parameters * (2 if self.parts > 1 else 1)
         layer = self.item * self.tokens * 2.5 * max(self._activations()) + (self.item + 4) * self._layer_weights()
         block = min(self.run.loss_block_size, e.data.sequence_length / self.context)
         head = (self.item + 4) * model.hidden_size * model.vocab_size / self.sizes["tensor"]
         logits = 3 * 4 * self.rows * block * model.vocab_size / self.sizes["tensor"] + head
         return Memory({k: float(v) for k, v in arguments.items()}, float(layers + gradients + max(layer, logits)), 0.0, 0.0)
-
-    def _wide(self) -> int:
-        return 1  # the residual stream is not split over `tensor`
 
     def _activations(self) -> list[float]:
         """Numbers a token that each layer computes."""
@@ -237,7 +233,8 @@ class _Estimate:
             add("all-gather", w.group, self.item * w.local / repeats, repeats * passes * parts, scope, True)
             if self.train:
                 add("reduce-scatter", w.group, self.item * w.gathered / repeats, repeats * parts, f"d {scope}", True)
-                others = tuple(a for a in ("data", "context", "fsdp", "expert") if a not in w.group and a not in self._split(w))
+                whole = ("data", "context", "fsdp") if "/experts/" in w.path else ("data", "context", "fsdp", "expert")
+                others = tuple(axis for axis in whole if axis not in w.group)
                 add("all-reduce", others, 4 * w.local, 1, "update", True)
                 add("all-reduce", ("dcn_data",), 4 * w.local, 1, "update", True)
         stream = self.item * self.tokens * m.hidden_size
@@ -254,16 +251,15 @@ class _Estimate:
             kind, held = ("all-to-all", sent * n / (n - 1)) if form == "all_to_all" else ("all-gather", sent / (n - 1))
             add(kind, ("expert",), held, layers * steps, "experts", False)
         if self.context > 1:
-            full = sum(not kind.uses_rope for kind in m.layer_kinds)
+            piece, chunk = self.experiment.data.sequence_length // self.context, m.attention_chunk_size
+            local = chunk is not None and piece % chunk == 0  # layers with RoPE send nothing
+            full = sum(not kind.uses_rope or not local for kind in m.layer_kinds)
             keys = self.item * self.tokens * 2 * m.num_kv_heads * m.head_dim / sizes["tensor"]
             add("all-gather", ("context",), keys, full * (rounds + 2 * self.train) * parts, "attention", True)
         return [
             Exchange(kind, axes, count, sent, seconds, overlapped, slow, scope)
             for (kind, axes, overlapped, scope), (count, sent, seconds, slow) in sums.items()
         ]
-
-    def _split(self, weight: Weight) -> tuple[str, ...]:
-        return ("expert",) if "/experts/" in weight.path else ()
 
     def _group(self, axes: tuple[str, ...]) -> tuple[int, ...]:
         """The devices that the first device exchanges with along these axes."""
@@ -305,5 +301,5 @@ class _Estimate:
             scopes={},
             loops=[],
             buffers=[],
-            misaligned=narrow if e.model.num_layers else {},
+            misaligned=narrow,
         )

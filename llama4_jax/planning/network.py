@@ -13,6 +13,7 @@ through the switch; across nodes and slices at its share of the data-centre netw
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Sequence
 
@@ -51,12 +52,7 @@ class Network:
     @classmethod
     def in_order(cls, topology: Topology, axes: dict[str, int]) -> "Network":
         """Of a mesh whose last axes are the nearest: without a compiler, so without its placement."""
-        if not topology.chip.is_tpu:
-            places = [(i // topology.sizes[-1], 0, 0) for i in range(topology.devices)]
-        else:
-            ranges = [range(topology.slices), *map(range, topology.sizes), range(topology.chip.devices)]
-            places = [(*chip, core, slice_) for slice_, *chip, core in itertools.product(*ranges)]
-        return cls(topology, dict(axes), tuple(places))
+        return cls(topology, dict(axes), _in_order(topology))
 
     def axes_of(self, collective: Collective) -> tuple[str, ...]:
         """The mesh axes along which an exchange goes."""
@@ -125,6 +121,14 @@ class Network:
             if self._wraps(axis):
                 distance[:, axis] = np.minimum(distance[:, axis], size - distance[:, axis])
         return int(distance.sum(axis=1).max())
+
+
+@functools.lru_cache(maxsize=8)
+def _in_order(topology: Topology) -> tuple[tuple[int, ...], ...]:
+    if not topology.chip.is_tpu:
+        return tuple((i // topology.sizes[-1], 0, 0) for i in range(topology.devices))
+    ranges = [range(topology.slices), *map(range, topology.sizes), range(topology.chip.devices)]
+    return tuple((*chip, core, slice_) for slice_, *chip, core in itertools.product(*ranges))
 
 
 @dataclasses.dataclass(frozen=True)

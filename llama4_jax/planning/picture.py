@@ -37,9 +37,9 @@ def _memory(axes, plan: Plan) -> None:
             axes.bar([0], [size / 1e9], bottom=bottom, label=f"{name}: {size / 1e9:.1f}", width=0.6)
             bottom += size / 1e9
     axes.axhline(plan.hbm_bytes / 1e9, color="black", linestyle="--", linewidth=1)
-    axes.annotate("HBM", (0.32, plan.hbm_bytes / 1e9), va="bottom")
-    axes.set(title="Memory, GB", xticks=[], xlim=(-0.5, 0.5))
-    axes.legend(frameon=False, fontsize=8, loc="lower left")
+    axes.annotate("HBM", (1.0, plan.hbm_bytes / 1e9), va="bottom")
+    axes.set(title="Memory, GB", xticks=[], xlim=(-0.4, 1.4))
+    axes.legend(frameon=False, fontsize=8, loc="center right")
 
 
 def _time(axes, plan: Plan) -> None:

@@ -1,8 +1,9 @@
 """From a job to a plan: compile and measure where there is a compiler, estimate where there is none."""
 
 import contextlib
+import dataclasses
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from tqdm import tqdm
 
@@ -14,6 +15,7 @@ from llama4_jax.planning.chips import Topology, parse_topology
 from llama4_jax.planning.compiler import Bounds, Job, Tick, compile_program
 from llama4_jax.planning.measure import Measurement
 from llama4_jax.planning.report import TOKENS, Plan, make_plan
+from llama4_jax.planning.search import compiled_text, rank, ranking_text
 
 
 def make(job: Job, *, estimated: bool = False, total_tokens: float = TOKENS, bounds: Bounds | None = None) -> Plan:
@@ -44,6 +46,35 @@ def make(job: Job, *, estimated: bool = False, total_tokens: float = TOKENS, bou
         compile_seconds=outcome.seconds,
         compiler_bytes=outcome.compiler_bytes,
     )
+
+
+def search(job: Job, compiled: int, *, say: Callable[[str], None], **options) -> Plan:
+    """The best of all meshes and remat policies: ranked by the estimate, then the best `compiled` of them by the compiler.
+
+    Args:
+        say: gets the tables of both rankings.
+        options: of `make`.
+
+    Raises:
+        UserError: no mesh divides the model and the batch, or none that was tried compiles.
+    """
+    topology, experiment = parse_topology(job.topology, job.slices), app.load_experiment(job.config, job.settings)
+    with _progress(f"estimating meshes over {topology}"):
+        ranking = rank(experiment, topology, job.program)
+    say(ranking_text(ranking))
+    best = (ranking.candidates or ranking.too_large)[: max(1, compiled)]
+    if compiled == 0 or not topology.chip.is_tpu:
+        return make(dataclasses.replace(job, settings=job.settings | best[0].settings), **options | {"estimated": True})
+    plans, failures = [], []
+    for candidate in best:
+        try:
+            plans.append(make(dataclasses.replace(job, settings=job.settings | candidate.settings), **options))
+        except UserError as error:
+            failures.append(f"{candidate}: {error}")
+    say(compiled_text(plans, failures, ranking))
+    if not plans:
+        raise UserError(f"none of {len(best)} candidates compiled; the last: {failures[-1]}")
+    return min(plans, key=lambda plan: (not plan.fits, plan.step_seconds))
 
 
 def _estimated(job: Job, experiment: Experiment, topology: Topology, total_tokens: float, needed: float | None = None) -> Plan:
