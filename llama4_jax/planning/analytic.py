@@ -27,7 +27,7 @@ from llama4_jax.parallel.fit import check_fit
 from llama4_jax.parallel.mesh import AXES
 from llama4_jax.parallel.rules import BATCH_AXES, partition
 from llama4_jax.planning.chips import Topology
-from llama4_jax.planning.measure import TILE, Measurement, Memory
+from llama4_jax.planning.measure import Measurement, Memory, is_misaligned
 from llama4_jax.planning.model_flops import keys_seen, tokens_of
 from llama4_jax.planning.network import Network
 from llama4_jax.planning.roofline import Exchange, roofline
@@ -58,7 +58,10 @@ def estimate(experiment: Experiment, topology: Topology, program: str = "train")
 class Weight:
     """Attributes:
     local: numbers of it on a device.
-    gathered: numbers of it on a device while it is used: over fsdp and what else its users do not split.
+    gathered: numbers of it on a device while it is used.
+    group: mesh axes over which it is gathered for that.
+    shard: the shape of `local`.
+    misaligned: see measure.misaligned.
     """
 
     path: str
@@ -66,6 +69,7 @@ class Weight:
     gathered: int
     group: tuple[str, ...]
     shard: tuple[int, ...]
+    misaligned: bool
 
 
 @functools.lru_cache(maxsize=8)
@@ -112,7 +116,8 @@ class _Estimate:
             size // count((axes,) if isinstance(axes, str) else axes or ())
             for size, axes in zip(shape, (*spec, *(None,) * (len(shape) - len(spec))), strict=True)
         )
-        return Weight(path, whole // count(split), whole // count(split) * count(group), group, shard)
+        misaligned = any(is_misaligned(mine, all_) for mine, all_ in zip(shard, shape, strict=True))
+        return Weight(path, whole // count(split), whole // count(split) * count(group), group, shard, misaligned)
 
     # -- memory --------------------------------------------------------------------------------------------------------
 
@@ -230,7 +235,10 @@ class _Estimate:
         for w in self.weights:
             scope = "experts" if "/experts/" in w.path else "layers" if w.path.startswith("layers/") else "embed and head"
             repeats = m.num_layers // len(m.block_kinds) if w.path.startswith("layers/") else 1
-            add("all-gather", w.group, self.item * w.local / repeats, repeats * passes * parts, scope, True)
+            if w.misaligned:  # gathered as a sum of zero-filled copies
+                add("all-reduce", w.group, self.item * w.gathered / repeats, repeats * passes * parts, scope, True)
+            else:
+                add("all-gather", w.group, self.item * w.local / repeats, repeats * passes * parts, scope, True)
             if self.train:
                 add("reduce-scatter", w.group, self.item * w.gathered / repeats, repeats * parts, f"d {scope}", True)
                 whole = ("data", "context", "fsdp") if "/experts/" in w.path else ("data", "context", "fsdp", "expert")
@@ -273,7 +281,7 @@ class _Estimate:
         return tuple(sorted(places))
 
     def measurement(self) -> Measurement:
-        e, chip = self.experiment, self.topology.chip
+        chip = self.topology.chip
         update = 28 * sum(w.local for w in self.weights) if self.train else 0  # AdamW: 4 arrays read, 3 written, float32
         head_rows = self.tokens if self.train else self.rows
         D, V = self.model.hidden_size, self.model.vocab_size / self.sizes["tensor"]
@@ -286,11 +294,7 @@ class _Estimate:
         flops, hbm = (sum(column) for column in zip(*work, strict=True))
         core = sum(max(f / chip.flops, b / chip.hbm_bandwidth) for f, b in work)
         exchanges = sorted(self.exchanges(), key=lambda x: -x.seconds)
-        narrow = {
-            f"{w.path} [{', '.join(map(str, w.shard))}]": 4.0 * w.local
-            for w in self.weights
-            if w.group and any(size > TILE and size % TILE for size in w.shard[1:])
-        }
+        narrow = {f"{w.path} [{', '.join(map(str, w.shard))}]": 4.0 * w.local for w in self.weights if w.misaligned}
         return Measurement(
             memory=self.memory(),
             flops=flops,

@@ -192,7 +192,7 @@ def _read(module: Module, fused: Computation, value: Instruction) -> float:
     whole = float(sum(shape.padded_bytes for shape in value.shapes))
     total = 0.0
     for user in fused.users.get(value.name, ()):
-        if user.opcode in ("bitcast", "copy") and user.opcode == "bitcast":
+        if user.opcode == "bitcast":
             total += _read(module, fused, user)
         elif user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == value.name:
             total += user.shapes[0].padded_bytes
