@@ -54,6 +54,16 @@ def estimate(experiment: Experiment, topology: Topology, program: str = "train")
     return _Estimate(experiment, topology, program, sizes, mesh).measurement()
 
 
+def cache_bytes(model: ModelConfig, rows: int, length: int, dtype: str) -> float:
+    """Of the keys and values of rows of `length` tokens."""
+
+    def keys_and_values():
+        cache = Cache.create(model, rows, length, dtype)
+        return cache.keys, cache.values
+
+    return float(sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(keys_and_values))))
+
+
 @dataclasses.dataclass(frozen=True)
 class Weight:
     """Attributes:
@@ -168,40 +178,48 @@ class _Estimate:
         return max(by_layer.values(), default=0.0)
 
     def _cache_bytes(self) -> float:
-        data, item = self.experiment.data, self.run.compute_dtype
-        cache = jax.eval_shape(lambda: Cache.create(self.model, data.batch_size, data.sequence_length, item))
+        data = self.experiment.data
         heads = self.sizes["tensor"] if self.model.num_kv_heads % self.sizes["tensor"] == 0 else 1
-        numbers = sum(x.size * x.dtype.itemsize for x in (*cache.keys, *cache.values))
-        return numbers * self.rows / data.batch_size / heads
+        whole = cache_bytes(self.model, data.batch_size, data.sequence_length, self.run.compute_dtype)
+        return whole * self.rows / data.batch_size / heads
 
     # -- work ----------------------------------------------------------------------------------------------------------
 
-    def passes(self) -> float:
-        """Forward passes that a step's matrix products come to: a backward pass is two."""
-        return {"none": 3.0, "projections": 3.4, "layer": 4.0}[self.run.remat] if self.train else 1.0
+    def passes(self, routed: bool) -> float:
+        """Forward passes that a step's matrix products come to: a backward pass is two, and one more recomputes. What is
+        made of gathered experts is always computed again, see parallel/README.md."""
+        if not self.train:
+            return 1.0
+        if routed and self.sizes["fsdp"] > 1:
+            return 4.0
+        return {"none": 3.0, "projections": 3.4, "layer": 4.0}[self.run.remat]
 
-    def products(self) -> list[tuple[float, float, float]]:
-        """(FLOPs, bytes of HBM, of which rows are) of one forward pass over a part of the batch, by kind of product."""
+    def products(self) -> list[tuple[float, float]]:
+        """FLOPs and bytes of HBM of all passes over a part of the batch, by product."""
         m, e, t = self.model, self.experiment, self.sizes["tensor"]
         D, N, K, H = m.hidden_size, m.num_heads, m.num_kv_heads, m.head_dim
         M, found = self.tokens, []
 
+        def add(flops: float, numbers: float, routed: bool = False) -> None:
+            times = self.passes(routed)
+            found.append((times * flops, times * self.item * numbers))
+
         def product(rows: float, into: float, out: float, weights: float | None = None) -> None:
-            weights = into * out if weights is None else weights
-            found.append((2 * rows * into * out, self.item * (rows * (into + out) + weights)))
+            add(2 * rows * into * out, rows * (into + out) + (weights or into * out), weights is not None)
 
         before = 0 if self.train else e.data.sequence_length - (tokens_of(e, self.program) // e.data.batch_size)
         piece = e.data.sequence_length if self.train else tokens_of(e, self.program) // e.data.batch_size
         for kind, keys in zip(m.layer_kinds, keys_seen(m, before, piece), strict=True):
             product(M, D, (N + 2 * K) * H / t)
-            read = 2 * self.rows * K * H / t * (keys if not self.train else e.data.sequence_length) * self.item
-            found.append((4 * M * N * H / t * keys, read + self.item * 2 * M * N * H / t))
+            read = 2 * self.rows * K * H / t * (keys if not self.train else e.data.sequence_length)
+            add(4 * M * N * H / t * keys, read + 2 * M * N * H / t)
             product(M, N * H / t, D)
             if kind.is_moe:
                 local = m.num_experts / self.sizes["expert"]
                 used = min(local, M * m.experts_per_token * self.sizes["expert"]) if not self.train else local
                 spare = SPARE if self.sizes["expert"] > 1 else 1.0
                 rows, F = spare * M * m.experts_per_token, m.expert_ffn_size / t
+                product(M, D, m.num_experts)
                 product(rows, D, 2 * F, used * D * 2 * F)
                 product(rows, F, D, used * D * F)
                 if m.shared_expert:
@@ -210,7 +228,7 @@ class _Estimate:
             else:
                 product(M, D, 2 * m.dense_ffn_size / t)
                 product(M, m.dense_ffn_size / t, D)
-            found.append((0.0, self.item * 6 * M * D))  # norms and residual sums
+            add(0.0, 6 * M * D)  # norms and residual sums
         return found
 
     def exchanges(self) -> list[Exchange]:
@@ -286,8 +304,7 @@ class _Estimate:
         head_rows = self.tokens if self.train else self.rows
         D, V = self.model.hidden_size, self.model.vocab_size / self.sizes["tensor"]
         head = (2 * head_rows * D * V, self.item * D * V + 6 * head_rows * V)
-        times = self.passes() * self.parts
-        work = [(times * f, times * b) for f, b in self.products()]
+        work = [(self.parts * f, self.parts * b) for f, b in self.products()]
         work += [((3 + 1) * self.parts * head[0], 4 * self.parts * head[1]) if self.train else head, (0.0, float(update))]
         gathered = sum(w.gathered for w in self.weights if w.group) * self.item * self.parts
         work.append((0.0, 2.0 * gathered * (3 if self.train else 1)))

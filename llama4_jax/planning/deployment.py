@@ -10,10 +10,8 @@ from memory once: that bounds the tokens a second of one row, whatever the arith
 import dataclasses
 import functools
 
-import jax
-
-from llama4_jax.model.cache import Cache
 from llama4_jax.named_configs import ParameterCounts, count_parameters, named_config
+from llama4_jax.planning.analytic import cache_bytes
 from llama4_jax.planning.chips import CHIPS
 from llama4_jax.planning.report import gb, table
 
@@ -50,9 +48,8 @@ def counts(name: str) -> ParameterCounts:
 def need(name: str, bits: float, context: int) -> Need:
     """Of a named configuration's language model with `bits` a weight and one row of `context` tokens."""
     model, count = named_config(name), counts(name)
-    cache = jax.eval_shape(lambda: Cache.create(model, 1, context, "bfloat16"))
-    cache_bytes = float(sum(x.size * 2 for x in (*cache.keys, *cache.values)))
-    return Need(count.total * bits / 8, cache_bytes, count.active * bits / 8 + cache_bytes)
+    cache = cache_bytes(model, 1, context, "bfloat16")
+    return Need(count.total * bits / 8, cache, count.active * bits / 8 + cache)
 
 
 @dataclasses.dataclass(frozen=True)

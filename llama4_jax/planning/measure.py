@@ -3,7 +3,6 @@
 import collections
 import dataclasses
 import math
-import re
 from typing import Any
 
 import jax
@@ -126,7 +125,7 @@ def measure(compiled, arguments: tuple[PyTree, ...], topology: Topology, mesh) -
     scopes: collections.Counter[str] = collections.Counter()
     sums: dict[tuple, list] = {}
     for run in hlo.executions(module, turns, cost):
-        w, scope = work_of(run), scope_of(run.instruction.op_name)
+        w, scope = work_of(run), scope_of(origin(module, run))
         seconds = run.times * max(w.flops / chip.flops, w.hbm_bytes / chip.hbm_bandwidth)
         flops, hbm_bytes, core = flops + run.times * w.flops, hbm_bytes + run.times * w.hbm_bytes, core + seconds
         kernel_flops += run.times * w.flops * (run.instruction.opcode == "custom-call")
@@ -166,25 +165,40 @@ def turns_by_scope(op_name: str, axes: dict[str, int]) -> float:
     return float(axes["context"]) if "/attention/" in op_name else 1.0
 
 
-_LAYER = re.compile(r"layer_\d+")
+def origin(module: hlo.Module, run: hlo.Execution) -> str:
+    """The op_name of an instruction; of one that the compiler made without, that of what it feeds, or is made of."""
+    instruction, computation = run.instruction, run.computation
+    for _ in range(4):
+        if instruction.op_name:
+            return instruction.op_name
+        inner = module.called(instruction) if instruction.opcode == "fusion" else None
+        if inner is not None and (names := [i.op_name for i in inner if i.op_name]):
+            return names[-1]
+        users = computation.users.get(instruction.name, ())
+        if not users:
+            return ""
+        instruction = next((user for user in users if user.op_name), users[0])
+    return ""
+
+
+_MODULES = {"embed", "lm_head", "final_norm", "vision", "attention_norm", "ffn_norm"}
 
 
 def scope_of(op_name: str) -> str:
-    """The module in the model that an instruction belongs to, and the pass: attention, feed_forward/experts, ...; backward
-    passes after a "d"."""
+    """The part of the model that an instruction belongs to; of the backward pass after a "d"."""
     parts = [part for part in op_name.split("/") if part]
     backward = any(part.startswith("transpose(") for part in parts)
-    known = {"embed", "lm_head", "final_norm", "vision", "attention_norm", "ffn_norm"}
-    found = next((part for part in parts if part in known), None)
+    differentiated = backward or any(part.startswith("jvp(") for part in parts)
+    found = next((part for part in parts if part in _MODULES), None)
     if "feed_forward" in parts:
-        inner = parts[parts.index("feed_forward") + 1 :]
-        found = "feed_forward" if not inner else {"experts": "experts", "router": "router"}.get(inner[0], "feed_forward")
-        found = "shared_expert" if inner[:1] == ["shared_expert"] else found
+        inner = parts[parts.index("feed_forward") + 1 :][:1]
+        found = inner[0] if inner and inner[0] in ("experts", "router", "shared_expert") else "feed_forward"
     elif "attention" in parts:
         found = "attention"
+    elif found is None and "layers" in parts:
+        found = "layers, other"
     elif found is None:
-        forward = any(part.startswith("jvp(") for part in parts)
-        found = "other layers' parts" if _LAYER.search(op_name) else ("head and loss" if forward or backward else "update")
+        found = "head and loss" if differentiated else ("update" if parts[:1] == ["jit(train_step)"] else "other")
     return f"d {found}" if backward else found
 
 
@@ -266,6 +280,6 @@ def largest_buffers(module: hlo.Module, number: int = 8) -> list[Buffer]:
         for shape in run.instruction.shapes:
             if shape.space == 0 and shape.padded_bytes:
                 name = f"{shape.dtype}[{','.join(map(str, shape.dims))}]"
-                sizes[name, scope_of(run.instruction.op_name)] = float(shape.padded_bytes)
+                sizes[name, scope_of(origin(module, run))] = float(shape.padded_bytes)
     ranked = sorted(sizes.items(), key=lambda item: -item[1])[:number]
     return [Buffer(size, shape, scope) for (shape, scope), size in ranked]

@@ -141,7 +141,7 @@ def _head(plan: Plan) -> str:
 def _memory(plan: Plan) -> str:
     memory = plan.measurement.memory
     rows = [*memory.arguments.items(), ("temporaries", memory.temporaries), ("results", memory.results), ("code", memory.code)]
-    rows = [(name, gb(size), f"{size / plan.hbm_bytes:.1%}") for name, size in rows if size >= 1e6 or name == "parameters"]
+    rows = [(name, gb(size), f"{size / plan.hbm_bytes:.1%}") for name, size in rows if size]
     verdict = "fits" if plan.fits else "DOES NOT FIT"
     rows.append(("total", gb(memory.total), f"{memory.total / plan.hbm_bytes:.1%} of {gb(plan.hbm_bytes)}: {verdict}"))
     lines = table(("memory", "bytes", "of HBM"), rows)
@@ -152,8 +152,8 @@ def _memory(plan: Plan) -> str:
 def _arithmetic(plan: Plan) -> str:
     m = plan.measurement
     rows = [
-        ("FLOPs", f"{m.flops / 1e12:.2f} T", f"of them in kernels {m.kernel_flops / 1e12:.2f} T"),
-        ("model FLOPs", f"{plan.model_flops / 1e12:.2f} T", f"FLOPs / model FLOPs {m.flops / max(plan.model_flops, 1):.3f}"),
+        ("FLOPs", tera(m.flops), f"of them in kernels {tera(m.kernel_flops)}"),
+        ("model FLOPs", tera(plan.model_flops), f"FLOPs / model FLOPs {m.flops / max(plan.model_flops, 1):.3f}"),
         ("HBM traffic", gb(m.hbm_bytes), f"{m.flops / max(m.hbm_bytes, 1):.0f} FLOPs a byte"),
     ]
     return table(("work", "amount", ""), rows)
@@ -164,7 +164,8 @@ def _exchanges(plan: Plan) -> str:
         return "no exchange between devices"
     rows = []
     fast, slow = ("ICI", "DCN") if CHIPS[plan.topology.partition(":")[0]].is_tpu else ("NVLink", "network")
-    shown = [e for e in plan.measurement.exchanges if e.sent >= 1e5]
+    most = max(e.sent for e in plan.measurement.exchanges)
+    shown = [e for e in plan.measurement.exchanges if e.sent >= 1e-3 * most]
     for e in shown[:14]:
         how = "beside work" if e.overlapped else "waiting"
         net = slow if e.slow else fast
@@ -200,11 +201,23 @@ PROMISE = "Published rates, perfect kernels: real runs are slower. Compare plans
 
 
 def gb(size: float) -> str:
-    return f"{size / 1e9:.2f} GB"
+    """Bytes."""
+    return _scaled(size, ("GB", 1e9), ("MB", 1e6), ("KB", 1e3))
 
 
 def ms(seconds: float) -> str:
-    return f"{seconds * 1e3:,.1f} ms"
+    """A time."""
+    return f"{seconds:,.2f} s" if seconds >= 100 else _scaled(seconds, ("ms", 1e-3), ("us", 1e-6))
+
+
+def tera(flops: float) -> str:
+    return _scaled(flops, ("T", 1e12), ("G", 1e9), ("M", 1e6))
+
+
+def _scaled(value: float, *units: tuple[str, float]) -> str:
+    """In the first unit of which there is a tenth."""
+    name, unit = next((u for u in units if value >= u[1] / 10), units[-1] if value else units[0])
+    return f"{value / unit:,.2f} {name}"
 
 
 def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
