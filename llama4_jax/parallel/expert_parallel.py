@@ -163,7 +163,8 @@ def _all_to_all(ffn: LocalFFN, x, experts, scores, gate_up, down):
             return jax.lax.all_to_all(rows, "expert", split_axis=0, concat_axis=0, tiled=True)
 
         rows = gather(travel(to_slots(x, slots)), "tensor", 1)  # [R * size, D]
-        expert, score = travel(slots.of_pairs(experts % local_experts)), travel(slots.of_pairs(scores))
+        expert = travel(slots.of_pairs(experts % local_experts, empty=local_experts))
+        score = travel(slots.of_pairs(scores))
         y = sum_and_scatter(ffn(rows, expert, score, gate_up, down), "tensor", 1)  # [R * size, D']
         return from_slots(travel(y), slots)
 
@@ -186,7 +187,7 @@ def _all_gather(ffn: LocalFFN, x, experts, scores, gate_up, down):
         queue, local = queue_and_experts
         slots = queue.slots(i, size)
         rows = gather(to_slots(rows, slots), "tensor", 1)  # [size, D]
-        y = ffn(rows, slots.of_pairs(local), slots.of_pairs(scores), gate_up, down)
+        y = ffn(rows, slots.of_pairs(local, empty=local_experts), slots.of_pairs(scores), gate_up, down)
         return from_slots(sum_and_scatter(y, "tensor", 1), slots)
 
     y = sum_of_rounds(one_round, rounds, (queue, local), all_rows, all_scores, gate_up, down)  # [R * M', D']
@@ -213,9 +214,9 @@ class Slots:
     pair: Int[Array, " slots"]
     slot: Int[Array, "M X"]
 
-    def of_pairs(self, values: Array) -> Array:
-        """[slots, 1]: the value of each slot's pair, of as many values as there are pairs; 0 in empty slots."""
-        return jnp.take(values.reshape(-1), self.pair, mode="fill", fill_value=0)[:, None]
+    def of_pairs(self, values: Array, empty: int = 0) -> Array:
+        """[slots, 1]: the value of each slot's pair, of as many values as there are pairs; `empty` in empty slots."""
+        return jnp.take(values.reshape(-1), self.pair, mode="fill", fill_value=empty)[:, None]
 
 
 @jax.tree_util.register_dataclass

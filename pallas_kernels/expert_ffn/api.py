@@ -31,7 +31,7 @@ def expert_ffn(
 
     Args:
         x: tokens.
-        experts: the experts of each token, all different.
+        experts: the experts of each token, all different; E where a choice is empty, which costs and adds nothing.
         scores: the weight of each of them, float32.
         gate_up: of each expert, gate at index 0 and up at index 1.
         down: of each expert.

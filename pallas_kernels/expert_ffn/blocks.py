@@ -23,7 +23,7 @@ class Layout:
     """Where each (token, choice) pair lies among the padded rows. Pairs are numbered token * X + choice.
 
     Attributes:
-        row_of_pair: row of each pair.
+        row_of_pair: row of each pair; the number of rows where no expert takes it.
         pair_of_row: the inverse; the number of pairs where the row is padding.
         expert_of_block: whose rows a block holds.
         blocks_in_use: the other blocks come after these.
@@ -55,12 +55,12 @@ def plan(experts: Int[Array, "M X"], num_experts: int) -> Layout:
     blocks = -(-pairs // size) + num_experts - 1  # at worst every expert but one ends in a block with one row
     chosen = experts.reshape(-1)
     running = jnp.cumsum(jax.nn.one_hot(chosen, num_experts, dtype=jnp.int32), axis=0)  # [pairs, E]
-    rank = jnp.take_along_axis(running, chosen[:, None], axis=1)[:, 0] - 1
+    rank = jnp.take_along_axis(running, chosen[:, None], axis=1, mode="clip")[:, 0] - 1
     block_end = jnp.cumsum(-(-running[-1] // size))
     block_start = jnp.concatenate([jnp.zeros(1, jnp.int32), block_end[:-1]])
-    row_of_pair = block_start[chosen] * size + rank
+    row_of_pair = jnp.where(chosen < num_experts, block_start[chosen] * size + rank, blocks * size)
     pair_of_row = jnp.full(blocks * size, pairs, jnp.int32)
-    pair_of_row = pair_of_row.at[row_of_pair].set(jnp.arange(pairs, dtype=jnp.int32), unique_indices=True)
+    pair_of_row = pair_of_row.at[row_of_pair].set(jnp.arange(pairs, dtype=jnp.int32), mode="drop")
     expert_of_block = jnp.minimum(jnp.searchsorted(block_end, jnp.arange(blocks), side="right"), num_experts - 1)
     return Layout(row_of_pair, pair_of_row, expert_of_block, block_end[-1], (blocks, size))
 
@@ -74,7 +74,7 @@ def _rows(tokens, layout: Layout, X: int):
 def _pairs(rows, layout: Layout, X: int):
     """The inverse: [blocks, block, ...] to [M, X, ...]."""
     flat = rows.reshape(-1, *rows.shape[2:])
-    return jnp.take(flat, layout.row_of_pair, axis=0, mode="clip").reshape(-1, X, *rows.shape[2:])
+    return jnp.take(flat, layout.row_of_pair, axis=0, mode="fill", fill_value=0).reshape(-1, X, *rows.shape[2:])
 
 
 def _at(array, index):

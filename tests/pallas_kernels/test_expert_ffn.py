@@ -58,6 +58,12 @@ class TestExpertFFN:
     def test_all_tokens_on_one_expert_around_a_block(self, implementation, M):
         assert_equal_to_reference(implementation, np.full((M, 1), 2), E=4)
 
+    @pytest.mark.parametrize("M", [20, 200])
+    def test_an_empty_choice_adds_nothing_and_takes_nobodys_place(self, implementation, M):
+        experts = np.random.default_rng(0).permuted(np.tile(np.arange(4), (M, 1)), axis=1)[:, :2]  # 3: no expert
+        assert_equal_to_reference(implementation, experts, E=3)
+        assert_equal_to_reference(implementation, np.full((M, 1), 3), E=3)
+
     def test_one_expert(self, implementation):
         assert_equal_to_reference(implementation, np.zeros((5, 1), int), E=1)
 
