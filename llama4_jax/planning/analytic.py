@@ -317,7 +317,7 @@ class _Estimate:
             flops=flops,
             kernel_flops=0.0,
             hbm_bytes=hbm,
-            roofline=roofline(chip, flops, hbm, core, exchanges),
+            roofline=roofline(chip, flops / chip.flops, hbm, core, exchanges),
             exchanges=exchanges,
             scopes={},
             loops=[],

@@ -8,6 +8,7 @@ import math
 import re
 
 from llama4_jax.errors import UserError
+from llama4_jax.training.flops import PEAK_FLOPS
 
 GiB = 2**30
 
@@ -18,7 +19,7 @@ class Chip:
 
     Attributes:
         name: as topologies are called.
-        flops: dense bfloat16 FLOP/s.
+        flops: dense bfloat16 FLOP/s, of training/flops.py.
         ops_8bit: dense operations a second in int8 or fp8, whichever the chip has.
         hbm_bytes: its memory.
         hbm_bandwidth: bytes/s.
@@ -41,28 +42,33 @@ class Chip:
     source: str
     devices: int = 1
 
+    def core_seconds(self, flops: float, flops_8bit: float, hbm_bytes: float) -> float:
+        """The slower of arithmetic and memory. `flops_8bit` are part of `flops`."""
+        return max((flops - flops_8bit) / self.flops + flops_8bit / self.ops_8bit, hbm_bytes / self.hbm_bandwidth)
+
     @property
     def is_tpu(self) -> bool:
         return self.links > 0
 
 
-_TPU = "cloud.google.com/tpu/docs"
+_DOCS = "cloud.google.com/tpu/docs"
+_NVIDIA = "NVIDIA datasheet"
 # Google publishes the interconnect as both directions of all links together: 1,200 GB/s of v5p are 6 links of 100 GB/s each
-# way. DCN is a chip's share: of the table in docs/tpu7x for v5p, v6e and TPU7x, of the pod's 6.4 Tbps for v5e.
-CHIPS = {
-    chip.name: chip
-    for chip in (
-        Chip("v4", 275e12, 275e12, 32 * GiB, 1228e9, 6, 50e9, 6.25e9, f"{_TPU}/v4; arXiv 2304.01433, table 4"),
-        Chip("v5e", 197e12, 393e12, 16 * GiB, 819e9, 4, 50e9, 25e9 / 8, f"{_TPU}/v5e"),
-        Chip("v5p", 459e12, 918e12, 95 * GiB, 2765e9, 6, 100e9, 50e9 / 8, f"{_TPU}/v5p, {_TPU}/tpu7x"),
-        Chip("v6e", 918e12, 1836e12, 32 * GiB, 1638e9, 4, 100e9, 100e9 / 8, f"{_TPU}/v6e, {_TPU}/tpu7x"),
-        Chip("tpu7x", 2307e12 / 2, 4614e12 / 2, 96 * GiB, 7380e9 / 2, 6, 50e9, 50e9 / 8, f"{_TPU}/tpu7x; half a chip", 2),
-        Chip("a100", 312e12, 624e12, 80e9, 2039e9, 0, 300e9, 25e9, "NVIDIA A100 80GB SXM datasheet; 200 Gb/s a GPU"),
-        Chip("h100", 989e12, 1979e12, 80e9, 3350e9, 0, 450e9, 50e9, "NVIDIA H100 SXM datasheet; 400 Gb/s a GPU"),
-        Chip("h200", 989e12, 1979e12, 141e9, 4800e9, 0, 450e9, 50e9, "NVIDIA H200 datasheet; 400 Gb/s a GPU"),
-        Chip("b200", 2250e12, 4500e12, 180e9, 8000e9, 0, 900e9, 50e9, "NVIDIA DGX B200 datasheet; 400 Gb/s a GPU"),
-    )
-}
+# way, which in TPU7x two devices share. DCN is a chip's share, in the table of docs/tpu7x, and of the pod's 6.4 Tb/s for v5e.
+# GPUs: one NIC for each, of 200 or 400 Gb/s, as in DGX systems.
+_TABLE = (
+    # name, device kind, 8-bit op/s, HBM and its bytes/s, links, bytes/s of a link, of the DCN, source, devices in a chip
+    ("v4", "TPU v4", 275e12, 32 * GiB, 1228e9, 6, 50e9, 50e9 / 8, f"{_DOCS}/v4; arXiv 2304.01433, table 4", 1),
+    ("v5e", "TPU v5 lite", 393e12, 16 * GiB, 819e9, 4, 50e9, 25e9 / 8, f"{_DOCS}/v5e", 1),
+    ("v5p", "TPU v5", 918e12, 95 * GiB, 2765e9, 6, 100e9, 50e9 / 8, f"{_DOCS}/v5p, {_DOCS}/tpu7x", 1),
+    ("v6e", "TPU v6 lite", 1836e12, 32 * GiB, 1638e9, 4, 100e9, 100e9 / 8, f"{_DOCS}/v6e, {_DOCS}/tpu7x", 1),
+    ("tpu7x", "TPU7x", 4614e12 / 2, 96 * GiB, 7380e9 / 2, 6, 50e9, 50e9 / 8, f"{_DOCS}/tpu7x", 2),
+    ("a100", "NVIDIA A100-SXM4-80GB", 624e12, 80e9, 2039e9, 0, 300e9, 200e9 / 8, _NVIDIA, 1),
+    ("h100", "NVIDIA H100 80GB HBM3", 1979e12, 80e9, 3350e9, 0, 450e9, 400e9 / 8, _NVIDIA, 1),
+    ("h200", "NVIDIA H200", 1979e12, 141e9, 4800e9, 0, 450e9, 400e9 / 8, _NVIDIA, 1),
+    ("b200", "NVIDIA B200", 4500e12, 180e9, 8000e9, 0, 900e9, 400e9 / 8, _NVIDIA, 1),
+)
+CHIPS = {name: Chip(name, PEAK_FLOPS[kind], *rest) for name, kind, *rest in _TABLE}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,7 +35,7 @@ class Shape:
     @property
     def bytes(self) -> int:
         """Of the values."""
-        return self.size * _bits(self.dtype) // 8
+        return self.size * bits(self.dtype) // 8
 
     @property
     def padded_bytes(self) -> int:
@@ -44,7 +44,7 @@ class Shape:
         for i, tile in enumerate(reversed(self.tile)):
             if i < len(dims):
                 dims[i] = -(-dims[i] // tile) * tile
-        return math.prod(dims) * _bits(self.dtype) // 8
+        return math.prod(dims) * bits(self.dtype) // 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +170,8 @@ def _shape(match: re.Match) -> Shape:
     return Shape(dtype, numbers(dims), numbers(layout or ""), numbers(tile[1]) if tile else (), int(space[1]) if space else 0)
 
 
-def _bits(dtype: str) -> int:
+def bits(dtype: str) -> int:
+    """Of one number."""
     if dtype in _ITEM_BITS:
         return _ITEM_BITS[dtype]
     digits = re.match(r"[a-z]+(\d+)", dtype)

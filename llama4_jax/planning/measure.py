@@ -119,14 +119,15 @@ def measure(compiled, arguments: tuple[PyTree, ...], topology: Topology, mesh) -
 
     def cost(runs: list[hlo.Execution]) -> float:
         works = [(run.times, work_of(run)) for run in runs]
-        return sum(times * max(w.flops / chip.flops, w.hbm_bytes / chip.hbm_bandwidth) for times, w in works)
+        return sum(times * chip.core_seconds(w.flops, w.flops_8bit, w.hbm_bytes) for times, w in works)
 
-    flops = kernel_flops = hbm_bytes = core = 0.0
+    flops = kernel_flops = hbm_bytes = core = matmul = 0.0
     scopes: collections.Counter[str] = collections.Counter()
     sums: dict[tuple, list] = {}
     for run in hlo.executions(module, turns, cost):
         w, scope = work_of(run), scope_of(origin(module, run))
-        seconds = run.times * max(w.flops / chip.flops, w.hbm_bytes / chip.hbm_bandwidth)
+        seconds = run.times * chip.core_seconds(w.flops, w.flops_8bit, w.hbm_bytes)
+        matmul += run.times * chip.core_seconds(w.flops, w.flops_8bit, 0.0)
         flops, hbm_bytes, core = flops + run.times * w.flops, hbm_bytes + run.times * w.hbm_bytes, core + seconds
         kernel_flops += run.times * w.flops * (run.instruction.opcode == "custom-call")
         scopes[scope] += seconds
@@ -148,7 +149,7 @@ def measure(compiled, arguments: tuple[PyTree, ...], topology: Topology, mesh) -
         flops=flops,
         kernel_flops=kernel_flops,
         hbm_bytes=hbm_bytes,
-        roofline=roofline(chip, flops, hbm_bytes, core, exchanges),
+        roofline=roofline(chip, matmul, hbm_bytes, core, exchanges),
         exchanges=sorted(exchanges, key=lambda e: -e.seconds),
         scopes=dict(scopes.most_common()),
         loops=list(loops.values()),

@@ -95,7 +95,7 @@ def _estimated(job: Job, experiment: Experiment, topology: Topology, total_token
 def _progress(what: str) -> Iterator[Tick]:
     """A line that runs while the compiler does: it knows no end, so there is no bar."""
     interval = 0.5 if sys.stderr.isatty() else 30
-    with tqdm(desc=what, bar_format="{desc}: {elapsed}{postfix}", mininterval=interval, leave=False) as line:
+    with tqdm(desc=what, bar_format="{desc}: {elapsed}{postfix}", mininterval=interval, miniters=1, leave=False) as line:
 
         def tick(seconds: float, size: float) -> None:
             line.set_postfix_str(f"{size / 1e9:.1f} GB", refresh=False)

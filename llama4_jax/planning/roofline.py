@@ -47,7 +47,7 @@ class Roofline:
     """Seconds of one device.
 
     Attributes:
-        matmul: FLOPs at the peak.
+        matmul: FLOPs at the peak of their number format.
         hbm: bytes at the HBM's rate.
         core: sum over instructions of the slower of the two.
         waiting: exchanges that nothing runs beside.
@@ -75,12 +75,12 @@ class Roofline:
         return "matrix units" if self.matmul >= self.core / 2 else "HBM"
 
 
-def roofline(chip: Chip, flops: float, hbm_bytes: float, core: float, exchanges: list[Exchange]) -> Roofline:
+def roofline(chip: Chip, matmul: float, hbm_bytes: float, core: float, exchanges: list[Exchange]) -> Roofline:
     def seconds(wanted) -> float:
         return sum(exchange.seconds for exchange in exchanges if wanted(exchange))
 
     return Roofline(
-        matmul=flops / chip.flops,
+        matmul=matmul,
         hbm=hbm_bytes / chip.hbm_bandwidth,
         core=core,
         waiting=seconds(lambda e: not e.overlapped),

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from llama4_jax.planning.hlo import Computation, Execution, Instruction, Module, Shape
+from llama4_jax.planning.hlo import Computation, Execution, Instruction, Module, Shape, bits
 
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all", "partition-id",
@@ -49,9 +49,10 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """Of one execution of an instruction on one device."""
+    """Of one execution of an instruction on one device; `flops_8bit` are those of `flops` whose operands are int8 or fp8."""
 
     flops: float = 0.0
+    flops_8bit: float = 0.0
     hbm_bytes: float = 0.0
     collectives: tuple[Collective, ...] = ()
 
@@ -70,8 +71,8 @@ def work(module: Module, execution: Execution, devices: int, slices: int = 1) ->
         remote = estimate.get("remote_bytes_transferred", 0)
         if remote:
             collectives = (Collective("remote-dma", remote, (), True),)
-        return Work(estimate["flops"], estimate["bytes_accessed"] or _bytes(module, computation, instruction), collectives)
-    return Work(flops(module, computation, instruction), _bytes(module, computation, instruction), collectives)
+        return Work(estimate["flops"], 0.0, estimate["bytes_accessed"] or _bytes(module, computation, instruction), collectives)
+    return Work(*flops(module, computation, instruction), _bytes(module, computation, instruction), collectives)
 
 
 def kernel_estimate(instruction: Instruction) -> dict[str, float] | None:
@@ -86,15 +87,17 @@ def kernel_estimate(instruction: Instruction) -> dict[str, float] | None:
 # FLOPs
 
 
-def flops(module: Module, computation: Computation, instruction: Instruction) -> float:
-    """Of the matrix products in an instruction, those inside a fusion included."""
+def flops(module: Module, computation: Computation, instruction: Instruction) -> tuple[float, float]:
+    """Of the matrix products in an instruction, those inside a fusion included; and of them those of 8-bit operands."""
     if instruction.opcode == "fusion":
         fused = module.called(instruction)
-        return sum(flops(module, fused, inner) for inner in fused)
+        found = [flops(module, fused, inner) for inner in fused]
+        return sum(f for f, _ in found), sum(f for _, f in found)
     if instruction.opcode not in ("convolution", "dot"):
-        return 0.0
+        return 0.0, 0.0
     left, right = (computation[name].shapes[0] for name in instruction.operands[:2])
-    return _dot(instruction, left) if instruction.opcode == "dot" else _convolution(instruction, left, right)
+    count = _dot(instruction, left) if instruction.opcode == "dot" else _convolution(instruction, left, right)
+    return count, count * (bits(left.dtype) == bits(right.dtype) == 8)
 
 
 def _dot(instruction: Instruction, left: Shape) -> float:

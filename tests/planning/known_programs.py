@@ -81,6 +81,10 @@ def programs(mesh):
         "layers": (layers, [array((1024 * n, 2048), BF16, ("slice", "a", "b")), [array((2048, 2048), BF16, "a", "b")] * 4]),
         "batched": (lambda x, y: jnp.einsum("bij,bjk->bik", x, y), [array((8, 256, 384), F32), array((8, 384, 128), F32)]),
         "grouped": (lambda x, y: jnp.einsum("mgd,gdf->mgf", x, y), [array((512, 4, 256), BF16), array((4, 256, 128), BF16)]),
+        "eight_bits": (
+            lambda x, y: jax.lax.dot(x, y, preferred_element_type=jnp.int32),
+            [array((512, 512), jnp.int8), array((512, 512), jnp.int8)],
+        ),
         "as_long_as": (as_long_as, [square, array((), jnp.int32)]),
         "either": (either, [square, square, array((), jnp.bool_)]),
         "kernel": (mapped(kernel, (P(),), P()), [array((512, 512), F32)]),

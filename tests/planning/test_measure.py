@@ -93,6 +93,10 @@ def test_batch_dimensions_are_not_multiplied_out(on_eight):
     assert on_eight["grouped"]["flops"] == 2 * 512 * 4 * 256 * 128
 
 
+def test_eight_bit_products_run_at_their_own_rate(on_eight):
+    assert on_eight["eight_bits"]["roofline"]["matmul"] == pytest.approx(2 * 512**3 / 393e12)
+
+
 def test_a_loop_bound_by_data_is_told(on_eight):
     program = on_eight["as_long_as"]
     assert [loop["turns"] for loop in program["loops"]] == [1]
