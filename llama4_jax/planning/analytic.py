@@ -13,6 +13,7 @@ context_parallel.py) with these simplifications, which README.md sets beside com
 import dataclasses
 import functools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -89,6 +90,9 @@ def _shapes(model: ModelConfig) -> list[tuple[str, tuple[int, ...], Any]]:
     logical = jax.tree.leaves(logical_axes(instance), is_leaf=lambda x: isinstance(x, jax.sharding.PartitionSpec))
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
     return [(name, leaf.shape, spec) for name, (_, leaf), spec in zip(names, leaves, logical, strict=True)]
+
+
+_Sent = tuple[str, tuple[str, ...], float, float, str, bool]
 
 
 @dataclasses.dataclass
@@ -232,60 +236,72 @@ class _Estimate:
         return found
 
     def exchanges(self) -> list[Exchange]:
-        m, sizes, parts = self.model, self.sizes, self.parts
-        rounds = 2 if self.train and self.run.remat == "layer" else 1  # of a forward pass's exchanges, in both passes
+        """The most seconds first."""
         sums: dict[tuple, list] = {}
-
-        def add(kind: str, axes: tuple[str, ...], held: float, count: float, scope: str, overlapped: bool) -> None:
-            axes = tuple(axis for axis in AXES if axis in axes and sizes[axis] > 1)
-            n = math.prod(sizes[axis] for axis in axes)
-            if n == 1 or not held or not count:
-                return
+        for kind, axes, held, count, scope, overlapped in (
+            *self._of_weights(), *self._of_tensor(), *self._of_experts(), *self._of_context()
+        ):  # fmt: skip
+            axes = tuple(axis for axis in AXES if axis in axes and self.sizes[axis] > 1)
+            n = math.prod(self.sizes[axis] for axis in axes)
+            if n == 1:
+                continue
             share = {"all-gather": n - 1, "all-reduce": 2 * (n - 1) / n}.get(kind, (n - 1) / n)
             collective = Collective(kind, share * held, self._group(axes), overlapped)
-            entry = sums.setdefault(
-                (kind, "+".join(axes), overlapped, scope), [0.0, 0.0, 0.0, self.network.is_slow(collective)]
-            )
-            for i, value in enumerate((count, count * collective.sent, count * self.network.seconds(collective))):
-                entry[i] += value
+            key = kind, "+".join(axes), overlapped, self.network.is_slow(collective), scope
+            total = sums.setdefault(key, [0.0, 0.0, 0.0])
+            for i, value in enumerate((1, collective.sent, self.network.seconds(collective))):
+                total[i] += count * value
+        found = [Exchange(kind, axes, *total, *rest) for (kind, axes, *rest), total in sums.items()]
+        return sorted(found, key=lambda exchange: -exchange.seconds)
 
-        passes = 2 if self.train else 1
+    # Each yields (kind, mesh axes, bytes held, times, part of the model, whether it runs beside work).
+
+    def _of_weights(self) -> Iterator[_Sent]:
+        passes = 2 * self.parts if self.train else 1
         for w in self.weights:
             scope = "experts" if "/experts/" in w.path else "layers" if w.path.startswith("layers/") else "embed and head"
-            repeats = m.num_layers // len(m.block_kinds) if w.path.startswith("layers/") else 1
+            layers = self.model.num_layers // len(self.model.block_kinds) if w.path.startswith("layers/") else 1
             if w.misaligned:  # gathered as a sum of zero-filled copies
-                add("all-reduce", w.group, self.item * w.gathered / repeats, repeats * passes * parts, scope, True)
+                yield "all-reduce", w.group, self.item * w.gathered / layers, layers * passes, scope, True
             else:
-                add("all-gather", w.group, self.item * w.local / repeats, repeats * passes * parts, scope, True)
+                yield "all-gather", w.group, self.item * w.local / layers, layers * passes, scope, True
             if self.train:
-                add("reduce-scatter", w.group, self.item * w.gathered / repeats, repeats * parts, f"d {scope}", True)
+                yield "reduce-scatter", w.group, self.item * w.gathered / layers, layers * self.parts, f"d {scope}", True
                 whole = ("data", "context", "fsdp") if "/experts/" in w.path else ("data", "context", "fsdp", "expert")
-                others = tuple(axis for axis in whole if axis not in w.group)
-                add("all-reduce", others, 4 * w.local, 1, "update", True)
-                add("all-reduce", ("dcn_data",), 4 * w.local, 1, "update", True)
-        stream = self.item * self.tokens * m.hidden_size
-        steps = (1 + rounds) * parts if self.train else 1
-        add("all-reduce", ("tensor",), stream, 2 * m.num_layers * steps, "layers", False)
-        if sizes["expert"] > 1:
-            shape = {
-                "tokens": int(self.tokens), "hidden_size": m.hidden_size, "experts_per_token": m.experts_per_token,
-                "expert_shards": sizes["expert"], "tensor_shards": sizes["tensor"], "itemsize": self.item,
-            }  # fmt: skip
-            form = choose_exchange(**shape) if self.run.expert_exchange == "auto" else self.run.expert_exchange
-            n, layers = sizes["expert"], sum(kind.is_moe for kind in m.layer_kinds)
-            sent = exchange_bytes(form, **shape)
-            kind, held = ("all-to-all", sent * n / (n - 1)) if form == "all_to_all" else ("all-gather", sent / (n - 1))
-            add(kind, ("expert",), held, layers * steps, "experts", False)
-        if self.context > 1:
-            piece, chunk = self.experiment.data.sequence_length // self.context, m.attention_chunk_size
-            local = chunk is not None and piece % chunk == 0  # layers with RoPE send nothing
-            full = sum(not kind.uses_rope or not local for kind in m.layer_kinds)
-            keys = self.item * self.tokens * 2 * m.num_kv_heads * m.head_dim / sizes["tensor"]
-            add("all-gather", ("context",), keys, full * (rounds + 2 * self.train) * parts, "attention", True)
-        return [
-            Exchange(kind, axes, count, sent, seconds, overlapped, slow, scope)
-            for (kind, axes, overlapped, scope), (count, sent, seconds, slow) in sums.items()
-        ]
+                yield "all-reduce", tuple(axis for axis in whole if axis not in w.group), 4 * w.local, 1, "update", True
+                yield "all-reduce", ("dcn_data",), 4 * w.local, 1, "update", True
+
+    def _of_tensor(self) -> Iterator[_Sent]:
+        recomputed = self.run.remat == "layer"
+        passes = (2 + recomputed) * self.parts if self.train else 1
+        stream = self.item * self.tokens * self.model.hidden_size
+        yield "all-reduce", ("tensor",), stream, 2 * self.model.num_layers * passes, "layers", False
+
+    def _of_experts(self) -> Iterator[_Sent]:
+        m, n = self.model, self.sizes["expert"]
+        if n == 1:
+            return
+        shape = {
+            "tokens": int(self.tokens), "hidden_size": m.hidden_size, "experts_per_token": m.experts_per_token,
+            "expert_shards": n, "tensor_shards": self.sizes["tensor"], "itemsize": self.item,
+        }  # fmt: skip
+        form = choose_exchange(**shape) if self.run.expert_exchange == "auto" else self.run.expert_exchange
+        sent = exchange_bytes(form, **shape)
+        kind, held = ("all-to-all", sent * n / (n - 1)) if form == "all_to_all" else ("all-gather", sent / (n - 1))
+        again = 0.5 * (self.run.remat != "none" or self.sizes["fsdp"] > 1)  # rows travel again, answers do not
+        passes = (2 + again) * self.parts if self.train else 1
+        yield kind, ("expert",), held, sum(kind.is_moe for kind in m.layer_kinds) * passes, "experts", False
+
+    def _of_context(self) -> Iterator[_Sent]:
+        if self.context == 1:
+            return
+        m = self.model
+        piece, chunk = self.experiment.data.sequence_length // self.context, m.attention_chunk_size
+        local = chunk is not None and piece % chunk == 0  # layers with RoPE send nothing
+        layers = sum(not kind.uses_rope or not local for kind in m.layer_kinds)
+        keys = self.item * self.tokens * 2 * m.num_kv_heads * m.head_dim / self.sizes["tensor"]
+        passes = (3 + (self.run.remat == "layer")) * self.parts if self.train else 1  # keys again, and their gradients
+        yield "all-gather", ("context",), keys, layers * passes, "attention", True
 
     def _group(self, axes: tuple[str, ...]) -> tuple[int, ...]:
         """The devices that the first device exchanges with along these axes."""
@@ -310,7 +326,7 @@ class _Estimate:
         work.append((0.0, 2.0 * gathered * (3 if self.train else 1)))
         flops, hbm = (sum(column) for column in zip(*work, strict=True))
         core = sum(max(f / chip.flops, b / chip.hbm_bandwidth) for f, b in work)
-        exchanges = sorted(self.exchanges(), key=lambda x: -x.seconds)
+        exchanges = self.exchanges()
         narrow = {f"{w.path} [{', '.join(map(str, w.shard))}]": 4.0 * w.local for w in self.weights if w.misaligned}
         return Measurement(
             memory=self.memory(),
