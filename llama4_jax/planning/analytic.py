@@ -28,7 +28,8 @@ from llama4_jax.parallel.fit import check_fit
 from llama4_jax.parallel.mesh import AXES
 from llama4_jax.parallel.rules import BATCH_AXES, partition
 from llama4_jax.planning.chips import Topology
-from llama4_jax.planning.measure import Measurement, Memory, is_misaligned
+from llama4_jax.planning.measure import Measurement
+from llama4_jax.planning.memory import Memory, is_misaligned
 from llama4_jax.planning.model_flops import keys_seen, tokens_of
 from llama4_jax.planning.network import Network
 from llama4_jax.planning.roofline import Exchange, roofline

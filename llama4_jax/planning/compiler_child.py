@@ -18,7 +18,8 @@ from llama4_jax.parallel.mesh import make_mesh
 from llama4_jax.planning import programs
 from llama4_jax.planning.chips import Topology, parse_topology
 from llama4_jax.planning.compiler import MARK, Job
-from llama4_jax.planning.measure import arguments_by_kind, measure
+from llama4_jax.planning.measure import measure
+from llama4_jax.planning.memory import arguments_by_kind
 
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 

@@ -49,12 +49,18 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """Of one execution of an instruction on one device; `flops_8bit` are those of `flops` whose operands are int8 or fp8."""
+    """Of one execution of an instruction on one device.
+
+    Attributes:
+        flops_8bit: those of `flops` whose operands are int8 or fp8.
+        is_kernel: whether it is a Pallas kernel.
+    """
 
     flops: float = 0.0
     flops_8bit: float = 0.0
     hbm_bytes: float = 0.0
     collectives: tuple[Collective, ...] = ()
+    is_kernel: bool = False
 
 
 def work(module: Module, execution: Execution, devices: int, slices: int = 1) -> Work:
@@ -71,7 +77,8 @@ def work(module: Module, execution: Execution, devices: int, slices: int = 1) ->
         remote = estimate.get("remote_bytes_transferred", 0)
         if remote:
             collectives = (Collective("remote-dma", remote, (), True),)
-        return Work(estimate["flops"], 0.0, estimate["bytes_accessed"] or _bytes(module, computation, instruction), collectives)
+        moved = estimate["bytes_accessed"] or _bytes(module, computation, instruction)
+        return Work(estimate["flops"], 0.0, moved, collectives, is_kernel=True)
     return Work(*flops(module, computation, instruction), _bytes(module, computation, instruction), collectives)
 
 

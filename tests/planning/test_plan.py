@@ -123,3 +123,12 @@ def test_a_topology_that_the_compiler_refuses_is_one_line(config):
     done = plan(f"--config={config}", "--topology=v6e:3x5", "--config.mesh.fsdp=1", "--config.mesh.data=15")
     assert done.returncode == 2
     assert "refuses topology v6e:3x5" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.slow
+@libtpu
+def test_search_compiles_the_best_of_the_ranking(config):
+    done = plan(f"--config={config}", "--topology=v5e:2x2", "--search=1", "--config.mesh.fsdp=2")
+    assert done.returncode == 0, done.stderr
+    assert "should fit" in done.stdout and "compiled:" in done.stdout and "not compiled:" in done.stdout
+    assert "compiled by jax" in done.stdout
