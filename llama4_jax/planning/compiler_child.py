@@ -21,6 +21,10 @@ from llama4_jax.planning.compiler import MARK, Job
 from llama4_jax.planning.measure import measure
 from llama4_jax.planning.memory import arguments_by_kind
 
+# The compiler's two ways to refuse a program for want of HBM.
+_NEEDED = re.compile(
+    r"(Used |required for HLO temporaries \()(?P<number>[\d.]+)(?P<unit>[KMGT])(?= of [\d.]+[KMGT] hbm|\) exceeds)"
+)
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -36,11 +40,13 @@ def main() -> None:
         say(user_error=str(error))
     except Exception as error:
         text = " ".join(str(error).split())
-        needed = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", text)
-        say(
-            error=f"{type(error).__name__}: {text[:400]}",
-            needed_bytes=float(needed[1]) * _UNITS[needed[2]] if needed else None,
-        )
+        say(error=f"{type(error).__name__}: {text[:400]}", needed_bytes=needed_bytes(text))
+
+
+def needed_bytes(message: str) -> float | None:
+    """Of HBM, in a message that refuses a program for want of it; None in any other."""
+    found = _NEEDED.search(message)
+    return float(found["number"]) * _UNITS[found["unit"]] if found else None
 
 
 def _compile(job: Job, say) -> None:

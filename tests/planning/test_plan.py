@@ -9,6 +9,7 @@ import pytest
 from llama4_jax.errors import UserError
 from llama4_jax.planning import plans
 from llama4_jax.planning.compiler import Bounds, Job, compile_program
+from llama4_jax.planning.compiler_child import needed_bytes
 from llama4_jax.planning.report import as_text
 from pallas_kernels import aot
 
@@ -72,12 +73,21 @@ def test_the_other_programs_compile_too(config, program):
 @pytest.mark.slow
 @libtpu
 def test_a_step_that_needs_more_memory_than_there_is_says_how_much(config):
-    done = plan(
-        f"--config={config}", "--topology=v5e:2x4", "--config.data.batch_size=65536", "--config.data.sequence_length=8192",
-        "--config.execution.loss_block_size=8192",
-    )  # fmt: skip
+    done = plan(f"--config={config}", "--topology=v5e:2x4", "--config.data.batch_size=8192")
     assert done.returncode == 1, done.stderr
     assert "DOES NOT FIT: the compiler needs" in done.stdout and "ESTIMATED" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "message, needed",
+    [
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 39.50G of 15.75G hbm. Exceeded", 39.5 * 2**30),
+        ("the total memory required for HLO temporaries (2.57T) exceeds available HBM (15.75G).", 2.57 * 2**40),
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 30.93M of 16.00M vmem.", None),
+    ],
+)
+def test_the_compilers_messages_about_memory(message, needed):
+    assert needed_bytes(message) == needed
 
 
 def test_a_gpu_cluster_is_estimated_and_says_so(config):
