@@ -238,22 +238,24 @@ class _Estimate:
 
     def exchanges(self) -> list[Exchange]:
         """The most seconds first."""
-        sums: dict[tuple, list] = {}
+        sums: dict[tuple, list[float]] = {}
         for kind, axes, held, count, scope, overlapped in (
             *self._of_weights(), *self._of_tensor(), *self._of_experts(), *self._of_context()
         ):  # fmt: skip
             axes = tuple(axis for axis in AXES if axis in axes and self.sizes[axis] > 1)
-            n = math.prod(self.sizes[axis] for axis in axes)
-            if n == 1:
-                continue
-            share = {"all-gather": n - 1, "all-reduce": 2 * (n - 1) / n}.get(kind, (n - 1) / n)
-            collective = Collective(kind, share * held, self._group(axes), overlapped)
-            key = kind, "+".join(axes), overlapped, self.network.is_slow(collective), scope
-            total = sums.setdefault(key, [0.0, 0.0, 0.0])
-            for i, value in enumerate((1, collective.sent, self.network.seconds(collective))):
-                total[i] += count * value
-        found = [Exchange(kind, axes, *total, *rest) for (kind, axes, *rest), total in sums.items()]
+            if axes:
+                total = sums.setdefault((kind, axes, overlapped, scope), [0.0, 0.0])
+                total[0] += count
+                total[1] += count * held
+        found = [self._exchange(*key, *total) for key, total in sums.items()]
         return sorted(found, key=lambda exchange: -exchange.seconds)
+
+    def _exchange(self, kind: str, axes: tuple[str, ...], overlapped: bool, scope: str, count: float, held: float) -> Exchange:
+        n = math.prod(self.sizes[axis] for axis in axes)
+        share = {"all-gather": n - 1, "all-reduce": 2 * (n - 1) / n}.get(kind, (n - 1) / n)
+        all_of_them = Collective(kind, share * held, self._group(axes), overlapped)
+        seconds, slow = self.network.seconds(all_of_them), self.network.is_slow(all_of_them)
+        return Exchange(kind, "+".join(axes), count, all_of_them.sent, seconds, overlapped, slow, scope)
 
     # Each yields (kind, mesh axes, bytes held, times, part of the model, whether it runs beside work).
 
