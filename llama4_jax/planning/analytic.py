@@ -227,12 +227,11 @@ class _Estimate:
                 product(M, D, m.num_experts)
                 product(rows, D, 2 * F, used * D * 2 * F)
                 product(rows, F, D, used * D * F)
-                if m.shared_expert:
-                    product(M, D, 2 * F)
-                    product(M, F, D)
-            else:
-                product(M, D, 2 * m.dense_ffn_size / t)
-                product(M, m.dense_ffn_size / t, D)
+            F = m.expert_ffn_size / t if kind.is_moe else m.dense_ffn_size / t
+            if m.shared_expert or not kind.is_moe:
+                product(M, D, 2 * F)
+                add(0.0, 3 * M * F)  # swiglu
+                product(M, F, D)
             add(0.0, 6 * M * D)  # norms and residual sums
         return found
 
@@ -322,7 +321,7 @@ class _Estimate:
         update = 28 * sum(w.local for w in self.weights) if self.train else 0  # AdamW: 4 arrays read, 3 written, float32
         head_rows = self.tokens if self.train else self.rows
         D, V = self.model.hidden_size, self.model.vocab_size / self.sizes["tensor"]
-        head = (2 * head_rows * D * V, self.item * D * V + 6 * head_rows * V)
+        head = (2 * head_rows * D * V, self.item * D * V + 8 * head_rows * V)  # float32 logits, written and read
         work = [(self.parts * f, self.parts * b) for f, b in self.products()]
         work += [((3 + 1) * self.parts * head[0], 4 * self.parts * head[1]) if self.train else head, (0.0, float(update))]
         gathered = sum(w.gathered for w in self.weights if w.group) * self.item * self.parts

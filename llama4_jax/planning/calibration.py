@@ -1,6 +1,6 @@
 """The roofline applied to runs whose speed was published: how far below it real programs run.
 
-    python -m llama4_jax.planning.calibration
+    python -m llama4_jax.plan --report=calibration
 
 What is printed is the estimate's error, in the open. None of these programs is this project's: they are MaxText's, of the
 shapes and meshes that its recipes tell; where a recipe does not tell, all chips are on fsdp, a chip has 16,384 tokens, and
@@ -149,7 +149,3 @@ def _plan(run: Run) -> Plan:
     if run.mesh.fsdp == -1:
         sizes["fsdp"] = topology.devices
     return make_plan(run.name, experiment, "train", topology, sizes, found, method="ESTIMATED")
-
-
-if __name__ == "__main__":
-    print(as_text(compare()))

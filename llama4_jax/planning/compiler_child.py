@@ -1,9 +1,11 @@
 """The child of compiler.py: `python -m llama4_jax.planning.compiler_child`, a Job as JSON on stdin, an Outcome's fields on stdout."""
 
+import ctypes
 import dataclasses
 import importlib.util
 import json
 import re
+import signal
 import sys
 import warnings
 from importlib.metadata import version
@@ -29,6 +31,8 @@ _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def main() -> None:
+    _end_with_parent()
+
     def say(**answer) -> None:
         print(MARK + json.dumps(answer), flush=True)
 
@@ -47,6 +51,13 @@ def needed_bytes(message: str) -> float | None:
     """Of HBM, in a message that refuses a program for want of it; None in any other."""
     found = _NEEDED.search(message)
     return float(found["number"]) * _UNITS[found["unit"]] if found else None
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed cannot stop its child: on Linux the kernel does."""
+    if sys.platform == "linux":
+        pdeathsig = 1  # PR_SET_PDEATHSIG of prctl(2)
+        ctypes.CDLL(None).prctl(pdeathsig, signal.SIGKILL)
 
 
 def _compile(job: Job, say) -> None:

@@ -1,6 +1,6 @@
 """What the press said, what the arithmetic says: claims about running these models on little hardware.
 
-    python -m llama4_jax.planning.deployment
+    python -m llama4_jax.plan --report=deployment
 
 A model's memory is its weights, at so many bits each, and the keys and values of its context in 16 bits: a layer with RoPE
 keeps its chunk, a NoPE layer everything (model/cache.py). A token needs every weight that is active for it, and the cache,
@@ -164,7 +164,3 @@ def as_text() -> str:
         )
     lines.append("weights and cache alone: activations and the runtime's own buffers come on top, a few GB")
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    print(as_text())

@@ -1,21 +1,19 @@
 """Weak and strong scaling on paper: one experiment over pods from one chip to ten thousand.
 
-    python -m llama4_jax.planning.scaling --config=experiments/pretrain_scout.py --picture=scout.png
+    python -m llama4_jax.plan --report=scaling --config=experiments/pretrain_scout.py --topology=v5p:4x4x8 --picture=scout.png
 
 Each pod has the best mesh of the estimate (search.py, without `context`: rows are short). Weak: every chip has the rows of the
 experiment on its own pod; strong: all chips share the experiment's batch.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import itertools
-import json
-from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from absl import flags
 from tqdm import tqdm
 
-from llama4_jax import app
 from llama4_jax.config import Experiment
 from llama4_jax.errors import UserError
 from llama4_jax.planning.chips import Topology, parse_topology
@@ -23,10 +21,14 @@ from llama4_jax.planning.picture import new_figure
 from llama4_jax.planning.report import gb, make_plan, ms, table
 from llama4_jax.planning.search import rank
 
-# Slices that v5p is rented in, the largest schedulable one, and two of that with the data-centre network between them.
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Slices that v5p is rented in; last, 8,192 chips as two large slices, and as 128 small ones.
 PODS = (
     ("v5p:1x1x1", 1), ("v5p:2x2x1", 1), ("v5p:2x2x2", 1), ("v5p:2x2x4", 1), ("v5p:2x4x4", 1), ("v5p:4x4x4", 1), ("v5p:4x4x8", 1),
     ("v5p:4x8x8", 1), ("v5p:8x8x8", 1), ("v5p:8x8x16", 1), ("v5p:8x16x16", 1), ("v5p:16x16x16", 1), ("v5p:16x16x16", 2),
+    ("v5p:4x4x4", 128),
 )  # fmt: skip
 AXES = ("data", "fsdp", "expert", "tensor")
 Kind = Literal["weak", "strong"]
@@ -52,6 +54,9 @@ class Point:
     speed: float
     mfu: float
     bound: str
+    waiting: float
+    ici: float
+    dcn: float
 
 
 def scale(experiment: Experiment, kind: Kind, home: Topology, pods=PODS) -> list[Point]:
@@ -72,11 +77,13 @@ def scale(experiment: Experiment, kind: Kind, home: Topology, pods=PODS) -> list
         except UserError:
             continue  # more chips than rows
         best = (ranking.candidates or ranking.too_large)[0]
+        roofline = best.measurement.roofline
         plan = make_plan("", tried, "train", topology, best.mesh, best.measurement, method="ESTIMATED")
         points.append(
             Point(
                 kind, str(topology), topology.chips, rows, str(best), bool(ranking.candidates), best.measurement.memory.total,
-                plan.step_seconds, plan.tokens / plan.step_seconds / plan.chips, plan.mfu, best.measurement.roofline.bound,
+                plan.step_seconds, plan.tokens / plan.step_seconds / plan.chips, plan.mfu, roofline.bound,
+                roofline.waiting, roofline.ici, roofline.dcn,
             )
         )  # fmt: skip
     return points
@@ -93,48 +100,52 @@ def as_text(points: list[Point]) -> str:
             ms(p.step),
             f"{p.speed:,.0f}",
             f"{p.mfu:.1%}",
+            " / ".join(f"{seconds / p.step:.0%}" for seconds in (p.waiting, p.ici, p.dcn)),
             p.bound,
             p.mesh,
         )
         for p in points
     ]
-    return table(("", "topology", "chips", "rows", "memory", "step", "tokens/s/chip", "MFU", "bound by", "best mesh"), rows)
+    return table(
+        (
+            "",
+            "topology",
+            "chips",
+            "rows",
+            "memory",
+            "step",
+            "tokens/s/chip",
+            "MFU",
+            "waiting / ICI / DCN",
+            "bound by",
+            "best mesh",
+        ),
+        rows,
+    )
 
 
-def scaling_figure(points: list[Point], name: str):
-    """MFU at the roofline by chips; hollow where nothing fits, and what bounds each point."""
-    figure = new_figure(9, 4.5)
-    axes = figure.subplots()
+def scaling_figure(points: list[Point], name: str) -> Figure:
+    """By chips: MFU at the roofline, hollow where nothing fits, with what bounds; and what exchanges take of the step."""
+    figure = new_figure(12, 4.5)
+    left, right = figure.subplots(1, 2, sharex=True)
     for kind, color in (("weak", "tab:blue"), ("strong", "tab:orange")):
         own = [p for p in points if p.kind == kind]
-        axes.plot([p.chips for p in own], [100 * p.mfu for p in own], color=color, linewidth=1, label=f"{kind} scaling")
+        chips = [p.chips for p in own]
+        left.plot(chips, [100 * p.mfu for p in own], color=color, linewidth=1, label=f"{kind} scaling")
         for p in own:
-            axes.plot([p.chips], [100 * p.mfu], marker="o", color=color, fillstyle="full" if p.fits else "none")
-        turns = [p for before, p in itertools.pairwise(own) if p.bound != before.bound]
-        for p in turns:
-            axes.annotate(p.bound, (p.chips, 100 * p.mfu), xytext=(4, 6), textcoords="offset points", fontsize=8, color=color)
-    axes.set(xscale="log", xlabel="v5p chips", ylabel="MFU at the roofline, %", ylim=(0, 100), title=name)
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+            left.plot([p.chips], [100 * p.mfu], marker="o", color=color, fillstyle="full" if p.fits else "none")
+        for p in (p for before, p in itertools.pairwise(own) if p.bound != before.bound):
+            left.annotate(p.bound, (p.chips, 100 * p.mfu), xytext=(4, 6), textcoords="offset points", fontsize=8, color=color)
+        for field, style in (("waiting", "-"), ("ici", "--"), ("dcn", ":")):
+            shares = [100 * getattr(p, field) / p.step for p in own]
+            right.plot(chips, shares, color=color, linestyle=style, label=f"{kind}: {_EXCHANGES[field]}")
+    left.set(xscale="log", xlabel="v5p chips", ylabel="MFU at the roofline, %", ylim=(0, 100))
+    right.set(xlabel="v5p chips", ylabel="of the step, %")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False, fontsize=8)
+    figure.suptitle(name, fontsize=11)
     return figure
 
 
-def main(overrides: dict[str, str]) -> int:
-    if _CONFIG.value is None:
-        raise UserError("--config=FILE is needed")
-    experiment, home = app.load_experiment(_CONFIG.value, overrides), parse_topology(_HOME.value)
-    points = [point for kind in ("weak", "strong") for point in scale(experiment, kind, home)]
-    print(as_text(points))
-    if _JSON.value:
-        Path(_JSON.value).write_text(json.dumps([dataclasses.asdict(p) for p in points], indent=1) + "\n")
-    if _PICTURE.value:
-        scaling_figure(points, f"{_CONFIG.value}: estimated").savefig(_PICTURE.value)
-    return 0
-
-
-if __name__ == "__main__":
-    _CONFIG = flags.DEFINE_string("config", None, "Python file whose get_config() returns an Experiment")
-    _HOME = flags.DEFINE_string("home", "v5p:4x4x8", "pod that the experiment's batch is for")
-    _JSON = flags.DEFINE_string("json", None, "file for the points as JSON")
-    _PICTURE = flags.DEFINE_string("picture", None, "file for the picture")
-    app.run(main)
+_EXCHANGES = {"waiting": "waiting for exchanges", "ici": "all over ICI", "dcn": "all over DCN"}

@@ -77,8 +77,7 @@ def work(module: Module, execution: Execution, devices: int, slices: int = 1) ->
         remote = estimate.get("remote_bytes_transferred", 0)
         if remote:
             collectives = (Collective("remote-dma", remote, (), True),)
-        moved = estimate["bytes_accessed"] or _bytes(module, computation, instruction)
-        return Work(estimate["flops"], 0.0, moved, collectives, is_kernel=True)
+        return Work(estimate["flops"], 0.0, _kernel_bytes(computation, instruction, estimate), collectives, is_kernel=True)
     return Work(*flops(module, computation, instruction), _bytes(module, computation, instruction), collectives)
 
 
@@ -173,6 +172,14 @@ def _bytes(module: Module, computation: Computation, instruction: Instruction) -
     if opcode.endswith("-start"):
         results /= 2  # operand and result
     return float(results + sum(_in_hbm(shape) for name in set(instruction.operands) for shape in computation[name].shapes))
+
+
+def _kernel_bytes(computation: Computation, instruction: Instruction, estimate: dict[str, float]) -> float:
+    """What a kernel says that it moves, of which operands and results that lie on the chip have their part for nothing."""
+    shapes = [*instruction.shapes, *(shape for name in instruction.operands for shape in computation[name].shapes)]
+    in_hbm = float(sum(map(_in_hbm, shapes)))
+    share = in_hbm / max(1, sum(shape.padded_bytes for shape in shapes))
+    return estimate["bytes_accessed"] * share or in_hbm
 
 
 def _in_hbm(shape: Shape) -> int:

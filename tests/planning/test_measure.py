@@ -108,9 +108,7 @@ def test_of_two_branches_the_costlier_counts(on_eight):
 
 
 def test_a_kernel_is_what_it_says_of_itself(on_eight):
-    program = on_eight["kernel"]
-    assert program["flops"] == program["kernel_flops"] == 123_456
-    assert program["hbm_bytes"] >= 7_890
+    assert on_eight["kernel"]["flops"] == on_eight["kernel"]["kernel_flops"] == 123_456
 
 
 def test_elementwise_work_reads_and_writes_once(on_eight):
