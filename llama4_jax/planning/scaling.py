@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from llama4_jax.config import Experiment
 from llama4_jax.errors import UserError
-from llama4_jax.planning.chips import Topology, parse_topology
+from llama4_jax.planning.chips import Chip, Topology, parse_topology
 from llama4_jax.planning.picture import new_figure
 from llama4_jax.planning.report import gb, make_plan, ms, table
 from llama4_jax.planning.search import rank
@@ -24,12 +24,12 @@ from llama4_jax.planning.search import rank
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Slices that v5p is rented in; last, 8,192 chips as two large slices, and as 128 small ones.
-PODS = (
-    ("v5p:1x1x1", 1), ("v5p:2x2x1", 1), ("v5p:2x2x2", 1), ("v5p:2x2x4", 1), ("v5p:2x4x4", 1), ("v5p:4x4x4", 1), ("v5p:4x4x8", 1),
-    ("v5p:4x8x8", 1), ("v5p:8x8x8", 1), ("v5p:8x8x16", 1), ("v5p:8x16x16", 1), ("v5p:16x16x16", 1), ("v5p:16x16x16", 2),
-    ("v5p:4x4x4", 128),
-)  # fmt: skip
+# Slices as they are rented, by what joins their chips, and last 8,192 chips as several of them.
+_SHAPES = {
+    3: "1x1x1 2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x16 8x16x16 16x16x16 16x16x16*2 4x4x4*128",
+    2: "1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16 16x16*2 16x16*4 16x16*8 16x16*16 16x16*32",
+    0: "1x1 1x2 1x4 1x8 2x8 4x8 8x8 16x8 32x8 64x8 128x8 256x8 512x8 1024x8",
+}
 AXES = ("data", "fsdp", "expert", "tensor")
 Kind = Literal["weak", "strong"]
 
@@ -59,15 +59,21 @@ class Point:
     dcn: float
 
 
-def scale(experiment: Experiment, kind: Kind, home: Topology, pods=PODS) -> list[Point]:
+def pods(chip: Chip) -> list[Topology]:
+    """From one chip to 8,192."""
+    shapes = (shape.split("*") for shape in _SHAPES[chip.links // 2].split())
+    return [parse_topology(f"{chip.name}:{shape[0]}", int(shape[1]) if shape[1:] else 1) for shape in shapes]
+
+
+def scale(experiment: Experiment, kind: Kind, home: Topology, topologies: list[Topology] | None = None) -> list[Point]:
     """A point for each pod whose batch can be divided.
 
     Args:
         home: the pod that the experiment's batch is for.
+        topologies: all `pods` of its chip when None.
     """
     points = []
-    for name, slices in tqdm(pods, desc=f"{kind} scaling", leave=False):
-        topology = parse_topology(name, slices)
+    for topology in tqdm(topologies or pods(home.chip), desc=f"{kind} scaling", leave=False):
         rows = experiment.data.batch_size
         if kind == "weak":
             rows = max(1, rows * topology.chips // home.chips)
@@ -139,8 +145,8 @@ def scaling_figure(points: list[Point], name: str) -> Figure:
         for field, style in (("waiting", "-"), ("ici", "--"), ("dcn", ":")):
             shares = [100 * getattr(p, field) / p.step for p in own]
             right.plot(chips, shares, color=color, linestyle=style, label=f"{kind}: {_EXCHANGES[field]}")
-    left.set(xscale="log", xlabel="v5p chips", ylabel="MFU at the roofline, %", ylim=(0, 100))
-    right.set(xlabel="v5p chips", ylabel="of the step, %")
+    left.set(xscale="log", xlabel="chips", ylabel="MFU at the roofline, %", ylim=(0, 100))
+    right.set(xlabel="chips", ylabel="of the step, %")
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.legend(frameon=False, fontsize=8)

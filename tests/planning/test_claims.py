@@ -6,7 +6,7 @@ import pytest
 
 import llama4_jax as l4
 from llama4_jax.planning import calibration, deployment, scaling
-from llama4_jax.planning.chips import parse_topology
+from llama4_jax.planning.chips import CHIPS, parse_topology
 
 
 def test_memory_of_a_deployment_is_weights_and_cache():
@@ -41,11 +41,13 @@ def test_scaling_has_a_point_for_each_pod_that_the_batch_divides():
         data=l4.DataConfig(sources=("text",), sequence_length=8192, batch_size=8),
         execution=l4.ExecutionConfig(compute_dtype="bfloat16", remat="layer"),
     )
-    pods = (("v5p:2x2x1", 1), ("v5p:2x2x2", 1), ("v5p:2x2x2", 2))
     home = parse_topology("v5p:2x2x2")
+    pods = [parse_topology("v5p:2x2x1"), home, parse_topology("v5p:2x2x2", 2)]
     weak = scaling.scale(experiment, "weak", home, pods)
     assert [(p.chips, p.rows) for p in weak] == [(4, 4), (8, 8), (16, 16)]
     strong = scaling.scale(experiment, "strong", home, pods)
     assert [(p.chips, p.rows) for p in strong] == [(4, 8), (8, 8), (16, 8)]
     assert strong[0].step > strong[1].step
     assert scaling.as_text(weak + strong).count("\n") == 6
+    for chip in CHIPS.values():
+        assert scaling.pods(chip)[0].chips == 1 and scaling.pods(chip)[-1].chips == 8192
