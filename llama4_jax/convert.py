@@ -15,7 +15,7 @@ from pathlib import Path
 
 from absl import flags
 
-from llama4_jax import app
+from llama4_jax import app, exit_codes
 from llama4_jax.errors import UserError
 
 _FROM = flags.DEFINE_string("from", None, "checkpoint to read: a folder, a file, or a name on Hugging Face's hub")
@@ -58,10 +58,10 @@ def main(overrides: dict[str, str]) -> int:
         )
     except KeyboardInterrupt:
         print("stopped: finished files are kept; run again to go on", file=sys.stderr)
-        return app.PREEMPTED
+        return exit_codes.PREEMPTED
     kept = f", {converted.kept} of them from before the interruption" if converted.kept else ""
     print(f"{converted.path}: {converted.tensors:,} tensors of {converted.nbytes:,} bytes{kept}")
-    return 0
+    return exit_codes.DONE
 
 
 if __name__ == "__main__":

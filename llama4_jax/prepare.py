@@ -12,7 +12,7 @@ import sys
 
 from absl import flags
 
-from llama4_jax import app
+from llama4_jax import app, exit_codes
 from llama4_jax.errors import UserError
 
 _CONFIG = flags.DEFINE_string(
@@ -39,9 +39,9 @@ def main(overrides: dict[str, str]) -> int:
         )
     except KeyboardInterrupt:
         print("stopped: finished shards are kept; run again to go on", file=sys.stderr)
-        return app.PREEMPTED
+        return exit_codes.PREEMPTED
     print_summary(manifest, _OUT.value)
-    return 0
+    return exit_codes.DONE
 
 
 def print_summary(manifest: dict, out: str) -> None:

@@ -11,6 +11,7 @@ sweep.png. Exit status: 0 finished, 42 stopped by SIGTERM or Ctrl-C (start again
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Sequence
@@ -19,9 +20,10 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
-from llama4_jax import app
+from llama4_jax import app, exit_codes
 from llama4_jax.config import Experiment, validated
 from llama4_jax.errors import UserError
+from llama4_jax.parallel import processes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -113,8 +115,9 @@ def run_sweep(sweep: Sweep, workdir: str | Path) -> Results | None:
     corpora: dict[str, Path] = {}
     for number, run in enumerate(sweep.runs, 1):
         folder = Path(workdir) / run.folder
-        print(f"--- run {number} of {len(sweep.runs)}: {run.series}, {sweep.swept} {run.value:g}", flush=True)
-        _share_corpus(corpora, run.experiment, folder)
+        if processes.is_first():
+            print(f"--- run {number} of {len(sweep.runs)}: {run.series}, {sweep.swept} {run.value:g}", flush=True)
+        processes.from_first("the link to the corpus", functools.partial(_share_corpus, corpora, run.experiment, folder))
         try:
             result = train(run.experiment, folder)
         except UserError as error:
@@ -175,13 +178,20 @@ def main(overrides: dict[str, str]) -> int:
     if flags.FLAGS.config is None or flags.FLAGS.workdir is None:
         raise UserError("--config=FILE and --workdir=DIR are both needed")
     sweep = load_sweep(flags.FLAGS.config, overrides)
+    processes.start()
     results = run_sweep(sweep, flags.FLAGS.workdir)
     if results is None:
-        return app.PREEMPTED
-    (Path(flags.FLAGS.workdir) / "table.md").write_text(table(results) + "\n")
-    figure(results).savefig(Path(flags.FLAGS.workdir) / "sweep.png")
-    print(f"\n{table(results)}\n\ntable.md, sweep.png and the runs are in {flags.FLAGS.workdir}")
-    return 0
+        return exit_codes.PREEMPTED
+    if processes.is_first():
+        write_results(results, flags.FLAGS.workdir)
+    return exit_codes.DONE
+
+
+def write_results(results: Results, workdir: str) -> None:
+    """table.md and sweep.png, and the table on the terminal."""
+    (Path(workdir) / "table.md").write_text(table(results) + "\n")
+    figure(results).savefig(Path(workdir) / "sweep.png")
+    print(f"\n{table(results)}\n\ntable.md, sweep.png and the runs are in {workdir}")
 
 
 if __name__ == "__main__":

@@ -3,13 +3,15 @@ r"""Trains a Llama 4 as an experiment's file describes.
     python -m llama4_jax.train --config=experiments/quickstart.py --workdir=/tmp/run --config.optimizer.learning_rate=3e-4
 
 Run again with the same --workdir, it goes on where it was. Exit status: 0 finished, 42 stopped by SIGTERM or Ctrl-C with
-everything saved (start again to go on), 2 bad input.
+everything saved (start again to go on), 2 bad input or a run that diverged, anything else worth another try. As many processes
+as a launcher starts train together: see parallel/README.md.
 """
 
 from absl import flags
 
-from llama4_jax import app
+from llama4_jax import app, exit_codes
 from llama4_jax.errors import UserError
+from llama4_jax.parallel import processes
 
 _CONFIG = flags.DEFINE_string(
     "config", None, "Python file whose get_config() returns an Experiment; override fields by --config.FIELD=VALUE"
@@ -17,22 +19,24 @@ _CONFIG = flags.DEFINE_string(
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "folder of the run: checkpoints, metrics.jsonl, pictures; an interrupted run resumes from it"
 )
-_PROMPT = flags.DEFINE_string("prompt", "import ", "text that the trained model continues at the end")
+_PROMPT = flags.DEFINE_string("prompt", "import ", "text that the trained model continues at the end; empty: none")
 
 
 def main(overrides: dict[str, str]) -> int:
     if _CONFIG.value is None or _WORKDIR.value is None:
         raise UserError("--config=FILE and --workdir=DIR are both needed")
     experiment = app.load_experiment(_CONFIG.value, overrides)
+    processes.start()
     from llama4_jax.training.loop import train  # after the flags: a misspelt one answers at once
 
     result = train(experiment, _WORKDIR.value)
     if result.status == "stopped":
-        return app.PREEMPTED
-    print_summary(result, _WORKDIR.value)
-    if result.status == "finished":
+        return exit_codes.PREEMPTED
+    if processes.is_first():
+        print_summary(result, _WORKDIR.value)
+    if result.status == "finished" and _PROMPT.value:
         print_sample(result, _PROMPT.value, experiment.seed)
-    return 0
+    return exit_codes.DONE
 
 
 def print_summary(result, workdir: str) -> None:
@@ -54,7 +58,8 @@ def print_sample(result, prompt: str, seed: int) -> None:
     processor = Processor(result.corpus.tokenizer, result.model.config)
     generator = Generator(result.model, result.state.params, processor, model_state=result.state.model_state)
     (sample,) = generator.complete([prompt], Sampling(temperature=0.7), Limits(max_new_tokens=96), seed=seed)
-    print(f"--- a sample that goes on from {prompt!r}\n{prompt}{sample.text}")
+    if processes.is_first():
+        print(f"--- a sample that goes on from {prompt!r}\n{prompt}{sample.text}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,10 @@
 """Signatures are checked here and only here: every jaxtyping annotation of the packages holds while the tests run."""
 
 import os
+import socket
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import jaxtyping
 import pytest
@@ -18,6 +22,40 @@ def _bounded_memory():
 
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(scope="session")
+def start_job(tmp_path_factory):
+    """`start_job(count, *arguments, devices=4)`: `count` Python processes of one job on this machine, started.
+
+    Each has .process, .output(), which is what it has printed so far, and .ended(timeout), its status when it has ended.
+    """
+    folder, started = tmp_path_factory.mktemp("job"), []
+
+    def start(count, *arguments, devices=4):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            coordinator = f"127.0.0.1:{probe.getsockname()[1]}"
+        job = []
+        for index in range(count):
+            together = {"COORDINATOR": coordinator, "PROCESS_COUNT": count, "PROCESS_ID": index} if count > 1 else {}
+            environment = {f"LLAMA4_{name}": str(value) for name, value in (together | {"LOCAL_DEVICES": devices}).items()}
+            log = folder / f"{len(started)}.txt"
+            with log.open("w") as file:
+                process = subprocess.Popen(
+                    [sys.executable, *map(str, arguments)],
+                    env=os.environ | environment,
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                )
+            started.append(process)
+            job.append(SimpleNamespace(process=process, output=log.read_text, ended=process.wait))
+        return job
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
 
 
 def pytest_addoption(parser):

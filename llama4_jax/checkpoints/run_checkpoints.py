@@ -4,6 +4,7 @@ A checkpoint holds the training state, the data iterator's state and the experim
 the background and renames it to its step number when it is whole.
 """
 
+import contextlib
 import logging
 import re
 import shutil
@@ -15,6 +16,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from llama4_jax.errors import UserError
+from llama4_jax.parallel import processes
 
 PyTree = Any
 logger = logging.getLogger(__name__)
@@ -46,15 +48,7 @@ class RunCheckpoints:
     def __init__(self, folder: Path, *, keep: int):
         """Raises UserError when the folder cannot be made or written."""
         self.folder = Path(folder).absolute()
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot write checkpoints to {self.folder}: {error.strerror}") from error
-        for leftover in self.folder.glob("*.orbax-checkpoint-tmp*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        for step in self._steps():
-            if not _is_complete(self.folder / str(step)):
-                self._set_aside(step, "incomplete")
+        processes.from_first("the folder of checkpoints", self._clear)
         self._saving: int | None = None
         self._manager = ocp.CheckpointManager(
             self.folder,
@@ -65,6 +59,17 @@ class RunCheckpoints:
                 "fingerprint": ocp.JsonCheckpointHandler(),
             },
         )
+
+    def _clear(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot write checkpoints to {self.folder}: {error.strerror}") from error
+        for leftover in self.folder.glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        for step in self._steps():
+            if not _is_complete(self.folder / str(step)):
+                self._set_aside(step, "incomplete")
 
     def save(self, step: int, state: PyTree, data: dict[str, Any], fingerprint: dict[str, Any]) -> None:
         """Copies everything to host memory and returns; files are written behind. The arrays may be donated afterwards.
@@ -103,7 +108,7 @@ class RunCheckpoints:
             self._manager.wait_until_finished()
         except Exception as error:
             raise self._save_error(error) from error
-        if self._saving is not None and not _is_complete(self.folder / str(self._saving)):
+        if self._saving is not None and processes.is_first() and not _is_complete(self.folder / str(self._saving)):
             raise self._save_error(FileNotFoundError("its files are gone"))
 
     def close(self) -> None:
@@ -112,7 +117,8 @@ class RunCheckpoints:
     def restore_newest(self, target: PyTree) -> Restored | None:
         """The newest checkpoint that can be read, or None when the folder never held one.
 
-        A checkpoint that cannot be read is set aside and the one before it is tried, with a warning.
+        A checkpoint that cannot be read is set aside and the one before it is tried, with a warning. Of several processes, some
+        of which may have read their parts, the job ends instead; started again, it tries the one before.
 
         Args:
             target: a tree of ShapeDtypeStructs with shardings; any mesh will do.
@@ -120,7 +126,7 @@ class RunCheckpoints:
         Raises:
             UserError: the folder held checkpoints but none can be read, or one holds arrays of other names, shapes or dtypes.
         """
-        for step in sorted(self._steps(), reverse=True):
+        for step in processes.from_first("the list of checkpoints", lambda: sorted(self._steps(), reverse=True)):
             try:
                 saved = self._manager.item_metadata(step)["state"]
             except Exception as error:
@@ -148,7 +154,7 @@ class RunCheckpoints:
 
     def newest_step(self) -> int | None:
         """The newest step on disk."""
-        return max(self._steps(), default=None)
+        return processes.from_first("the newest checkpoint", lambda: max(self._steps(), default=None))
 
     def _steps(self) -> list[int]:
         return [int(path.name) for path in self.folder.iterdir() if path.is_dir() and re.fullmatch(r"\d+", path.name)]
@@ -157,9 +163,12 @@ class RunCheckpoints:
         source = self.folder / str(step)
         numbers = (n for n in range(1, 1_000_000))
         target = next(path for n in numbers if not (path := self.folder / f"{step}.{reason}-{n}").exists())
-        source.rename(target)
+        with contextlib.suppress(FileNotFoundError):  # another process was first
+            source.rename(target)
         because = f": {_first_line(error)}" if error else ""
         logger.warning("checkpoint %s is %s and was renamed to %s%s", source, reason, target.name, because)
+        if jax.process_count() > 1 and error:
+            raise RuntimeError(f"checkpoint {source} cannot be read{because}") from error
         if hasattr(self, "_manager"):
             self._manager.reload()
 

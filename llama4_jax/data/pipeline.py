@@ -87,21 +87,21 @@ class TrainBatches:
         self._iterator.set_state({key: state[key] for key in ("step", "rows", "streams", "epochs")})
 
 
-def train_batches(corpus: Corpus, config: DataConfig, *, process_index: int = 0, process_count: int = 1) -> TrainBatches:
-    """Batches of `config.batch_size` rows over all processes, of which this process gets its equal part, in order.
+def train_batches(corpus: Corpus, config: DataConfig, *, places: Sequence[int] | None = None) -> TrainBatches:
+    """Batches of `config.batch_size` rows over all processes, of which this process reads those at `places`; None: all.
 
     Each epoch is shuffled anew by `config.shuffle_seed`. With `config.weights` a row holds one source, and the rows of the
-    sources alternate by `Interleave`. The parts of all processes, one after another, are the same global batch whatever their
-    number. A batch may hold the end of one epoch and the start of the next. Raises UserError when `process_count` does not
-    divide the batch, and when the weights do not fit the sources.
+    sources alternate by `Interleave`. Every process plans the same global batches, and reads the tokens and pictures of its
+    own rows alone. A batch may hold the end of one epoch and the start of the next. Raises UserError when the weights do not
+    fit the sources.
     """
-    part = _part_of_batch(config, process_index, process_count)
-    rows = corpus.train
+    rows, places = corpus.train, _places(config, places)
+
+    def read(plans: list[PackingPlan]) -> Batch:
+        return read_rows(rows.documents, [plans[place] for place in places], rows.sequence_length, rows.document_window)
+
     dataset = grain.experimental.ThreadPrefetchIterDataset(
-        _GlobalBatches(corpus, config).map(
-            lambda plans: read_rows(rows.documents, plans[part], rows.sequence_length, rows.document_window)
-        ),
-        prefetch_buffer_size=_PREFETCHED,
+        _GlobalBatches(corpus, config).map(read), prefetch_buffer_size=_PREFETCHED
     )
     fingerprint = {
         "corpus": corpus.fingerprint,
@@ -187,9 +187,8 @@ class HeldoutBatches(Sequence):
     A batch is made when it is asked for: pictures that are held out need not fit into memory.
     """
 
-    def __init__(self, corpus: Corpus, config: DataConfig, process_index: int, process_count: int):
-        self._rows, self._size = corpus.heldout, config.batch_size
-        self._part = _part_of_batch(config, process_index, process_count)
+    def __init__(self, corpus: Corpus, config: DataConfig, places: Sequence[int]):
+        self._rows, self._size, self._places = corpus.heldout, config.batch_size, np.array(places)
 
     def __len__(self) -> int:
         return -(-len(self._rows) // self._size)
@@ -197,17 +196,14 @@ class HeldoutBatches(Sequence):
     def __getitem__(self, index: int) -> Batch:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        rows = np.arange(index * self._size, min((index + 1) * self._size, len(self._rows)))
-        return self._rows.batch(rows[self._part], batch_size=self._part.stop - self._part.start)
+        rows = index * self._size + self._places
+        return self._rows.batch(rows[rows < len(self._rows)], batch_size=len(rows))
 
 
-def heldout_batches(corpus: Corpus, config: DataConfig, *, process_index: int = 0, process_count: int = 1) -> HeldoutBatches:
-    """The held-out batches of this process, which gets its equal part of each. Raises UserError as train_batches does."""
-    return HeldoutBatches(corpus, config, process_index, process_count)
+def heldout_batches(corpus: Corpus, config: DataConfig, *, places: Sequence[int] | None = None) -> HeldoutBatches:
+    """The held-out batches, of which this process reads the rows at `places`; None: all."""
+    return HeldoutBatches(corpus, config, _places(config, places))
 
 
-def _part_of_batch(config: DataConfig, process_index: int, process_count: int) -> slice:
-    if config.batch_size % process_count:
-        raise UserError(f"DataConfig.batch_size={config.batch_size} must be a multiple of the {process_count} processes")
-    size = config.batch_size // process_count
-    return slice(process_index * size, (process_index + 1) * size)
+def _places(config: DataConfig, places: Sequence[int] | None) -> Sequence[int]:
+    return range(config.batch_size) if places is None else places

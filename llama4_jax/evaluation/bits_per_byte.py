@@ -7,6 +7,8 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from llama4_jax.evaluation.forward import apply_to_batch
 from llama4_jax.parallel.rules import put_batch
@@ -21,7 +23,9 @@ def bits_per_byte(context):
     count = len(context.batches) if context.config.max_batches is None else context.config.max_batches
     batches = lambda: (put_batch(batch, context.mesh) for batch in itertools.islice(context.batches, count))  # noqa: E731
 
-    @jax.jit
+    everywhere = NamedSharding(context.mesh, P())  # of several processes each reads the sums
+
+    @functools.partial(jax.jit, out_shardings=everywhere)
     def nats_and_tokens(params, model_state, batch):
         counted = batch.loss_weights > 0
         log_probs = apply_to_batch(context.model, params, batch, model_state).log_probs
@@ -32,7 +36,7 @@ def bits_per_byte(context):
         """Bytes that the evaluated tokens stand for."""
         if count >= len(context.batches):
             return context.corpus.heldout_bytes
-        counted = jax.jit(lambda weights: jnp.sum(weights > 0))
+        counted = jax.jit(lambda weights: jnp.sum(weights > 0), out_shardings=everywhere)
         total = sum(int(counted(put_batch(batch.replace(images=None), context.mesh).loss_weights)) for batch in context.batches)
         return context.corpus.heldout_bytes * tokens / total
 

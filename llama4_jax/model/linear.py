@@ -14,20 +14,32 @@ from jaxtyping import Array, Float, Int
 
 import pallas_kernels.expert_ffn as expert_ffn_kernel
 from llama4_jax.model.low_precision import low_precision_project
+from llama4_jax.parallel.dense_parallel import gathering_mesh, product_with_gathered
 from llama4_jax.parallel.expert_parallel import routed_experts
 
 Weight = jax.Array
 
 
-def project(x: Float[Array, "..."], weight: Weight, *, in_axes: int = 1, matmul: str = "plain") -> Float[Array, "..."]:
+def project(
+    x: Float[Array, "..."], weight: Weight, axes: Sequence[str | None], *, in_axes: int = 1, matmul: str = "plain"
+) -> Float[Array, "..."]:
     """x contracted over its last `in_axes` axes with the first `in_axes` axes of the weight, in the dtype of x.
 
-    `matmul` is ExecutionConfig's; see low_precision.py for others than plain.
+    `axes` are the weight's logical names, by which it lies on a mesh (parallel/dense_parallel.py). `matmul` is ExecutionConfig's;
+    see low_precision.py for others than plain.
     """
     if matmul != "plain":
         return low_precision_project(x, weight, in_axes, matmul)
+    mesh = gathering_mesh(*x.shape[:2]) if x.ndim == 2 + in_axes else None
+    weight = weight.astype(x.dtype)
+    if mesh is None:
+        return _product(x, weight, in_axes)
+    return product_with_gathered(partial(_product, in_axes=in_axes), mesh, x, weight, axes, in_axes)
+
+
+def _product(x, weight, in_axes):
     contract = tuple(range(x.ndim - in_axes, x.ndim)), tuple(range(in_axes))
-    return jax.lax.dot_general(x, weight.astype(x.dtype), (contract, ((), ())))
+    return jax.lax.dot_general(x, weight, (contract, ((), ())))
 
 
 def expert_ffn(
@@ -85,7 +97,7 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         kernel = self.param("kernel", normal(self.stddev, self.axes), tuple(self.shape), jnp.float32)
-        y = project(x, kernel, in_axes=self.in_axes, matmul=self.matmul)
+        y = project(x, kernel, self.axes, in_axes=self.in_axes, matmul=self.matmul)
         if self.use_bias:
             init = nn.with_logical_partitioning(nn.initializers.zeros, tuple(self.axes[self.in_axes :]))
             y += self.param("bias", init, tuple(self.shape[self.in_axes :]), jnp.float32).astype(y.dtype)

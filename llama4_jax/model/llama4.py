@@ -14,8 +14,9 @@ from llama4_jax.errors import UserError
 from llama4_jax.model.cache import Cache
 from llama4_jax.model.context import make_context
 from llama4_jax.model.decoder import run_layers, scanned_blocks
+from llama4_jax.model.embedding import Embedding
 from llama4_jax.model.linear import normal, project
-from llama4_jax.model.losses import target_log_probs
+from llama4_jax.model.losses import HEAD_AXES, target_log_probs
 from llama4_jax.model.moe import RouterStats
 from llama4_jax.model.norms import RMSNorm
 from llama4_jax.model.transfer import initial_stddev
@@ -104,7 +105,7 @@ class Llama4(nn.Module):
             tokens, targets, places = map(zigzag.arrange, (tokens, targets, places))
         context = make_context(self.config, tokens.shape, positions, segment_ids, cache, document_window, zigzag)
         context = context.replace(capacity_factor=capacity_factor, router_jitter=router_jitter)
-        x = self.embed(tokens).astype(dtype)
+        x = self.embed(tokens, dtype)
         if images is not None:
             x = fuse(x, self.vision(images), places)
         x = nn.with_logical_constraint(x, ("batch", "seq", "act_embed"))
@@ -114,26 +115,8 @@ class Llama4(nn.Module):
         if targets is not None:
             log_probs = target_log_probs(x, head.astype(dtype), targets, self.execution.loss_block_size)
             return Output(None, log_probs if zigzag is None else zigzag.restore(log_probs), cache, stats)
-        logits = project(x, head).astype(jnp.float32)
+        logits = project(x, head, HEAD_AXES).astype(jnp.float32)
         return Output(logits if zigzag is None else zigzag.restore(logits), None, cache, stats)
-
-
-class Embedding(nn.Module):
-    """The token table, which a tied head reads too."""
-
-    config: ModelConfig
-
-    def setup(self):
-        c = self.config
-        self.embedding = self.param(
-            "embedding", normal(initial_stddev(c, "table"), ("vocab", "embed")), (c.vocab_size, c.hidden_size)
-        )
-
-    def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        return jnp.take(self.embedding, tokens, axis=0)
-
-    def table(self) -> Float[Array, "V D"]:
-        return self.embedding
 
 
 class Head(nn.Module):
@@ -144,7 +127,7 @@ class Head(nn.Module):
     @nn.compact
     def __call__(self) -> Float[Array, "D V"]:
         c = self.config
-        return self.param("kernel", normal(initial_stddev(c, "readout"), ("embed", "vocab")), (c.hidden_size, c.vocab_size))
+        return self.param("kernel", normal(initial_stddev(c, "readout"), HEAD_AXES), (c.hidden_size, c.vocab_size))
 
 
 @partial(jax.jit, static_argnums=0)

@@ -124,10 +124,10 @@ class Router(nn.Module):
         if jitter := context.router_jitter:
             noise = jax.random.uniform(self.make_rng("jitter"), x.shape, minval=1 - jitter, maxval=1 + jitter)
             x *= noise if context.zigzag is None else context.zigzag.arrange(noise)
-        init = normal(initial_stddev(c, "readout"), ("embed", "router_experts"))
-        kernel = self.param("kernel", init, (c.hidden_size, c.num_experts), jnp.float32)
+        axes = "embed", "router_experts"
+        kernel = self.param("kernel", normal(initial_stddev(c, "readout"), axes), (c.hidden_size, c.num_experts), jnp.float32)
         with jax.default_matmul_precision("float32"):
-            logits = project(x, kernel)
+            logits = project(x, kernel, axes)
         logits = logits.reshape(-1, c.num_experts)  # [M, E]; not sooner: tokens over `context` do not flatten in place
         bias = self.variable("router_bias", "bias", jnp.zeros, (c.num_experts,)).value if c.router_bias else None
         valid = None if context.valid is None else context.valid.reshape(-1)

@@ -21,19 +21,46 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     (jax.make_mesh would make them Explicit, under which a contraction over a sharded dimension is an error.)
 
     Raises:
-        UserError: the sizes do not multiply to the number of devices.
+        UserError: the sizes do not multiply to the number of devices, or dcn_data is not the number of TPU slices.
     """
     devices = jax.devices() if devices is None else devices
+    sizes = axis_sizes(config, len(devices))
+    slices = _slices(devices)
+    if len(slices) > 1 and sizes["dcn_data"] != len(slices):
+        raise UserError(
+            f"mesh {_written(config)}: the devices are {len(slices)} slices of {len(slices[0])}, joined by a slow network that only "
+            f"dcn_data goes over; make dcn_data={len(slices)}"
+        )
+    within = (sizes["dcn_data"] // len(slices), *list(sizes.values())[1:])
+    placed = np.concatenate([_placed(within, slice_devices) for slice_devices in slices])
+    return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def axis_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
+    """The size of every axis over so many devices, outermost first. Raises UserError when they do not multiply to them."""
     sizes = {axis: getattr(config, axis) for axis in AXES}
     fixed = math.prod(size for size in sizes.values() if size != -1)
-    written = " x ".join(f"{axis}={size}" for axis, size in sizes.items() if size != 1) or "data=1"
     free = [axis for axis, size in sizes.items() if size == -1]
-    if free and len(devices) % fixed == 0:
-        sizes[free[0]] = len(devices) // fixed
-    elif free or fixed != len(devices):
-        hint = f"the sizes must divide {len(devices)}" if free else f"make one axis -1, such as data, or have {fixed} devices"
-        raise UserError(f"mesh {written} does not fit {len(devices)} device(s): {hint}")
-    return Mesh(_placed(tuple(sizes.values()), devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    if free and num_devices % fixed == 0:
+        sizes[free[0]] = num_devices // fixed
+    elif free or fixed != num_devices:
+        hint = f"the sizes must divide {num_devices}" if free else f"make one axis -1, such as data, or have {fixed} devices"
+        raise UserError(f"mesh {_written(config)} does not fit {num_devices} device(s): {hint}")
+    return sizes
+
+
+def _written(config: MeshConfig) -> str:
+    sizes = {axis: getattr(config, axis) for axis in AXES}
+    return " x ".join(f"{axis}={size}" for axis, size in sizes.items() if size != 1) or "data=1"
+
+
+def _slices(devices: Sequence[jax.Device]) -> list[list[jax.Device]]:
+    """The devices of each TPU slice, in order of the slices; one list of all for other devices, whose machines are joined alike."""
+    slices: dict[int, list[jax.Device]] = {}
+    for device in devices:
+        on_tpu = getattr(device, "platform", None) == "tpu"
+        slices.setdefault(getattr(device, "slice_index", 0) if on_tpu else 0, []).append(device)
+    return [slices[index] for index in sorted(slices)]
 
 
 def _placed(sizes: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:

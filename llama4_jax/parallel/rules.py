@@ -10,8 +10,10 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Int
 
 from llama4_jax.data.batch import Batch
 from llama4_jax.errors import UserError
@@ -116,7 +118,27 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(BATCH_AXES, "context"))
 
 
+def places_here(mesh: Mesh, batch_size: int) -> Int[np.ndarray, "n"]:
+    """Which rows of a global batch the devices of this process hold, ascending.
+
+    Those of two processes are the same where `context` or `tensor` goes across them.
+    """
+    row = NamedSharding(mesh, P(BATCH_AXES)).addressable_devices_indices_map((batch_size,))
+    return np.unique(np.concatenate([np.arange(batch_size)[index] for index in row.values()]))
+
+
 def put_batch(batch: Batch, mesh: Mesh) -> Batch:
-    """The global batch on the mesh, of which this process gives its own rows as NumPy arrays."""
+    """The global batch on the mesh, of which this process gives the rows of `places_here` as NumPy arrays."""
+    shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    batch_size = len(batch.tokens) * shards // len(places_here(mesh, shards))
+    places = places_here(mesh, batch_size)
     rows, images = batch_sharding(mesh), NamedSharding(mesh, P(BATCH_AXES))
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows if x.ndim == 2 else images, x), batch)
+
+    def put(x: np.ndarray) -> jax.Array:
+        def shard(index: tuple[slice, ...]) -> np.ndarray:
+            first, last, _ = index[0].indices(batch_size)
+            return x[slice(*np.searchsorted(places, (first, last))), *index[1:]]
+
+        return jax.make_array_from_callback((batch_size, *x.shape[1:]), rows if x.ndim == 2 else images, shard)
+
+    return jax.tree.map(put, batch)

@@ -14,14 +14,15 @@ from jax.sharding import Mesh
 from llama4_jax.checkpoints.run_checkpoints import RunCheckpoints
 from llama4_jax.config import Experiment, validated
 from llama4_jax.data.compression import compression_baselines
-from llama4_jax.data.pipeline import heldout_batches, prepare_corpus, train_batches
+from llama4_jax.data.pipeline import Corpus, heldout_batches, prepare_corpus, train_batches
 from llama4_jax.errors import UserError
 from llama4_jax.evaluation import EVALUATIONS, Evaluate, EvaluationContext, require_known
 from llama4_jax.model.llama4 import Llama4
 from llama4_jax.model.low_precision import check_hardware
+from llama4_jax.parallel import processes
 from llama4_jax.parallel.fit import check_fit
 from llama4_jax.parallel.mesh import make_mesh
-from llama4_jax.parallel.rules import put_batch, use_mesh
+from llama4_jax.parallel.rules import places_here, put_batch, use_mesh
 from llama4_jax.parallel.table import sharding_table
 from llama4_jax.processing.processor import Processor
 from llama4_jax.training.balancing import bias_balancing
@@ -47,7 +48,7 @@ class TrainResult:
             folder held the finished run, and nothing was done.
         step: updates done.
         evaluations: the last values of each evaluation, by its name in the experiment.
-        baselines: bits per byte of general compressors on the held-out text.
+        baselines: bits per byte of general compressors on the held-out text; on the first process only.
         model, state, corpus: None when the run was already finished.
     """
 
@@ -67,6 +68,8 @@ def train(experiment: Experiment, workdir: str | Path, *, progress: bool = True)
     expert_load.png (and profile/, where a trace was asked for). A run that is started
     again goes on from its newest checkpoint, bit for bit as if it had never stopped (on the same mesh and machine).
 
+    Of several processes (see parallel/processes.py) each calls this with the same arguments, on storage that all share.
+
     Raises:
         UserError: bad input, a folder of another experiment, no checkpoint that can be read where there should be one, a
             disk that refuses, or a loss that is no longer finite.
@@ -83,7 +86,7 @@ def train(experiment: Experiment, workdir: str | Path, *, progress: bool = True)
         if newest is not None and newest >= experiment.steps:
             return TrainResult("already finished", newest, last_evaluations(run))
         with use_mesh(mesh), StopRequest() as stop:
-            return _Sitting(experiment, run, mesh, checkpoints, stop, progress).train()
+            return _Sitting(experiment, run, mesh, checkpoints, stop, progress and processes.is_first()).train()
 
 
 def last_evaluations(run: WorkDirectory) -> dict[str, dict[str, float]]:
@@ -98,27 +101,20 @@ def last_evaluations(run: WorkDirectory) -> dict[str, dict[str, float]]:
 class _Sitting:
     """One process's part of a run: from a start or a resume to the end or an interruption."""
 
-    def __init__(
-        self, experiment: Experiment, run: WorkDirectory, mesh: Mesh, checkpoints: RunCheckpoints, stop, progress: bool
-    ):
+    def __init__(self, experiment: Experiment, run: WorkDirectory, mesh: Mesh, checkpoints: RunCheckpoints, stop, show: bool):
         self.experiment, self.run, self.mesh, self.checkpoints, self.stop = experiment, run, mesh, checkpoints, stop
+        self.show = show
         self.model = Llama4(experiment.model, experiment.execution)
         self.optimizer = make_optimizer(experiment.optimizer, experiment.steps, experiment.model)
         self.state_shape = abstract_state(self.model, self.optimizer, experiment.optimizer.trainable, mesh)
-        self.corpus = prepare_corpus(
-            experiment.data,
-            vocab_size=experiment.model.vocab_size,
-            model=experiment.model,
-            document_window=experiment.model.attention_chunk_size,
-            cache_dir=run.folder / "corpus",
-            progress=progress,
-        )
+        self.corpus = processes.first_then_others("the corpus", self._prepare_corpus, limit_seconds=86_400)
         self._save_words()
-        self.batches = train_batches(self.corpus, experiment.data, **_this_process())
+        self.places = places_here(mesh, experiment.data.batch_size)
+        self.batches = train_batches(self.corpus, experiment.data, places=self.places)
         self.fingerprint = {"settings": fixed_settings(run.settings), "corpus": self.corpus.fingerprint}
         self.state = self._restore() or self._create()
         self.step = int(self.state.step)
-        self.progress = Progress(start=self.step, total=experiment.steps, enabled=progress)
+        self.progress = Progress(start=self.step, total=experiment.steps, enabled=show)
         if seen := max((record["step"] for record in run.read_metrics()), default=0):
             origin = f"the checkpoint of step {self.step}" if self.step else "step 0, for no checkpoint was complete yet"
             self.progress.say(f"this run had come to step {seen}; it goes on from {origin}")
@@ -129,10 +125,20 @@ class _Sitting:
         self.tensorboard = TensorBoard(run.folder / "tensorboard", first_step=self.step + 1)
         self.trace = TraceWindow(experiment.profile, run.folder / "profile")
 
+    def _prepare_corpus(self) -> Corpus:
+        return prepare_corpus(
+            self.experiment.data,
+            vocab_size=self.experiment.model.vocab_size,
+            model=self.experiment.model,
+            document_window=self.experiment.model.attention_chunk_size,
+            cache_dir=self.run.folder / "corpus",
+            progress=self.show,
+        )
+
     def _save_words(self) -> None:
         """The tokenizer's files, with which the folder is a checkpoint to generate from, or to convert."""
         processor = self.corpus.processor or Processor(self.corpus.tokenizer, self.experiment.model)
-        if jax.process_index() == 0:
+        if processes.is_first():
             try:
                 processor.save(self.run.folder)
             except OSError as error:
@@ -154,7 +160,7 @@ class _Sitting:
     def _make_evaluations(self) -> dict[str, Evaluate]:
         if not self.experiment.evaluations:
             return {}
-        batches = heldout_batches(self.corpus, self.experiment.data, **_this_process())
+        batches = heldout_batches(self.corpus, self.experiment.data, places=self.places)
         return {
             name: EVALUATIONS[config.function](EvaluationContext(self.model, self.mesh, self.corpus, batches, config))
             for name, config in self.experiment.evaluations.items()
@@ -168,14 +174,16 @@ class _Sitting:
             self.trace.close()
             self.tensorboard.close()
             self.progress.close()
-        baselines = compression_baselines(self.corpus.heldout_text())
-        write_report(self.run.read_metrics(), self.run.folder, baselines)
+        baselines = {}
+        if processes.is_first():
+            baselines = compression_baselines(self.corpus.heldout_text())
+            write_report(self.run.read_metrics(), self.run.folder, baselines)
         status = "finished" if self.step >= self.experiment.steps else "stopped"
         return TrainResult(status, self.step, last_evaluations(self.run), baselines, self.model, self.state, self.corpus)
 
     def _take_steps(self) -> None:
         train_step, pending = None, None
-        while self.step < self.experiment.steps and self.stop.name is None:
+        while self.step < self.experiment.steps and not self.stop.reached(self.step + 1):
             batch = put_batch(next(self.batches), self.mesh)
             train_step = train_step or self._compile(batch)
             self.trace.before(self.step + 1)
@@ -212,6 +220,7 @@ class _Sitting:
             microbatches=self.experiment.execution.microbatches,
         )
         compiled = step.lower(self.state, batch).compile()
+        processes.meet("the compiled step")  # on CPU, the step's first collective gives a late process 30 seconds only
         data = self.experiment.data
         self.tokens_per_step = data.batch_size * data.sequence_length
         model = self.experiment.model
@@ -220,8 +229,9 @@ class _Sitting:
             tiles = data.batch_size * data.image_slots
             self.flops_per_step += tiles * training_flops_per_tile(model.vision, model.hidden_size)
         self.peak = peak_of(self.mesh.devices.flatten().tolist(), self.experiment.execution.compute_dtype)
-        write_whole(self.run.folder / "sharding.txt", sharding_table(self.state.params, self.mesh) + "\n")
-        self.progress.say(memory_summary(compiled, self.mesh.devices.flat[0]))
+        if processes.is_first():
+            write_whole(self.run.folder / "sharding.txt", sharding_table(self.state.params, self.mesh) + "\n")
+        self.progress.say(memory_summary(compiled, self.mesh.local_devices[0]))
         self.progress.say(f"MFU is of {self.peak.flops:.3g} FLOP/s ({self.peak.source})")
         return compiled
 
@@ -274,10 +284,6 @@ class _Sitting:
         if self.saved_step != self.step:
             self.checkpoints.save(self.step, self.state, self.batches.get_state(), self.fingerprint)
             self.saved_step = self.step
-
-
-def _this_process() -> dict[str, int]:
-    return {"process_index": jax.process_index(), "process_count": jax.process_count()}
 
 
 class _Timer:

@@ -8,6 +8,7 @@ import numpy as np
 from jax.stages import Compiled
 
 from llama4_jax.config import ProfileConfig
+from llama4_jax.parallel import processes
 
 
 def scalars_of(record: dict[str, Any]) -> dict[str, float]:
@@ -38,7 +39,8 @@ class TensorBoard:
     def __init__(self, folder: Path, first_step: int):
         from tensorboardX import SummaryWriter  # here, since it takes half a second
 
-        self._writer = SummaryWriter(str(folder), purge_step=first_step, flush_secs=30)
+        options = {"purge_step": first_step, "flush_secs": 30, "write_to_disk": processes.is_first()}
+        self._writer = SummaryWriter(str(folder), **options)
 
     def write(self, record: dict[str, Any]) -> None:
         """`record` is a line of metrics.jsonl."""
@@ -50,7 +52,7 @@ class TensorBoard:
 
 
 class TraceWindow:
-    """A trace of some steps for xprof (`xprof --logdir=DIR`) or Perfetto."""
+    """A trace of some steps, on the devices of the first process, for xprof (`xprof --logdir=DIR`) or Perfetto."""
 
     def __init__(self, config: ProfileConfig, folder: Path):
         self._folder, self._first = folder, config.start
@@ -59,7 +61,7 @@ class TraceWindow:
 
     def before(self, step: int) -> None:
         """Before step `step`, counted from 1, is dispatched; the step before it has ended where a window opens or closes."""
-        if step == self._first:
+        if step == self._first and processes.is_first():
             jax.profiler.start_trace(str(self._folder))
             self._open = True
         elif step == self._end:

@@ -8,6 +8,7 @@ from typing import Any
 
 from llama4_jax.config import DataConfig, Experiment, ModelConfig
 from llama4_jax.errors import UserError
+from llama4_jax.parallel import processes
 
 # Fields that may differ between two sittings of one run. They change when things happen or where, not what is trained.
 # (Another number of steps moves the end of the learning rate's decay.)
@@ -36,7 +37,7 @@ def fixed_settings(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 class WorkDirectory:
-    """A run's folder, made or taken up again."""
+    """A run's folder, made or taken up again. Of several processes the first writes, and all read."""
 
     def __init__(self, folder: str | Path, experiment: Experiment):
         """Writes experiment.json, or compares it.
@@ -48,9 +49,18 @@ class WorkDirectory:
         self.checkpoints = self.folder / "checkpoints"
         self.metrics_file = self.folder / "metrics.jsonl"
         self.settings = flatten_experiment(experiment)
+        processes.first_then_others("the work directory", self._take)
+
+    def _take(self) -> None:
         saved = self._read_settings()
         if saved is not None:
             require_same_experiment(saved, self.settings, self.folder)
+        if not processes.is_first():
+            if saved is None:
+                raise UserError(
+                    f"work directory {self.folder} must be storage that all processes share: this one does not see it"
+                )
+            return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_whole(self.folder / "experiment.json", json.dumps(self.settings, indent=2) + "\n")
@@ -80,11 +90,15 @@ class WorkDirectory:
 
     def forget_metrics_after(self, step: int) -> None:
         """Drops the lines of steps that will be run again."""
+        if not processes.is_first():
+            return
         kept = [record for record in self.read_metrics() if record["step"] <= step]
         write_whole(self.metrics_file, "".join(json.dumps(record) + "\n" for record in kept))
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         """Adds a line. Raises UserError when the disk refuses it."""
+        if not processes.is_first():
+            return
         try:
             with self.metrics_file.open("a") as file:
                 file.write(json.dumps(record) + "\n")

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llama4_jax import exit_codes
 from llama4_jax.checkpoints import run_checkpoints
 from llama4_jax.checkpoints.run_checkpoints import RunCheckpoints
 from llama4_jax.errors import UserError
@@ -161,3 +162,68 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot write checkpoints to .*file/run: Not a directory"):
         RunCheckpoints(tmp_path / "file/run", keep=1)
+
+
+# ------------------------------------------------------------------------------------------------------------------------
+# Several processes
+
+PROCESSES = """
+import sys
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+from llama4_jax import app
+from llama4_jax.checkpoints.run_checkpoints import RunCheckpoints
+from llama4_jax.config import MeshConfig
+from llama4_jax.parallel import processes
+from llama4_jax.parallel.mesh import make_mesh
+
+def state_of(step, mesh):
+    numbers = np.random.default_rng(step)
+    def put(shape, dtype, *axes):
+        x = numbers.standard_normal(shape).astype(dtype)
+        return jax.make_array_from_callback(x.shape, NamedSharding(mesh, P(*axes)), lambda index: x[index])
+    return {"a": put((16, 8), "float32", "fsdp", "tensor"), "b": put((24,), jnp.bfloat16, "fsdp"), "c": put((3,), "float32")}
+
+def main(_):
+    processes.start()
+    mesh = make_mesh(MeshConfig(data=-1, fsdp=int(fsdp), tensor=2))
+    checkpoints = RunCheckpoints(folder, keep=2)
+    if action == "save":
+        for step in (1, 2, 3):
+            checkpoints.save(step, state_of(step, mesh), {"read": step}, {"seed": 7})
+        checkpoints.wait()
+    else:
+        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state_of(0, mesh))
+        restored = checkpoints.restore_newest(target)
+        assert (restored.data, restored.fingerprint) == ({"read": restored.step}, {"seed": 7})
+        for x, y in zip(jax.tree.leaves(restored.state), jax.tree.leaves(state_of(restored.step, mesh)), strict=True):
+            for one, other in zip(x.addressable_shards, y.addressable_shards, strict=True):
+                np.testing.assert_array_equal(np.asarray(one.data), np.asarray(other.data))
+        print("restored", restored.step)
+    checkpoints.close()
+
+action, folder, fsdp = sys.argv[1:]
+del sys.argv[1:]  # absl's
+app.run(main)
+"""
+
+
+def run_processes(start_job, count, *arguments, status=exit_codes.DONE):
+    job = start_job(count, "-c", PROCESSES, *arguments, devices=8 // count)
+    assert [process.ended(120) for process in job] == [status] * count, [process.output()[-2000:] for process in job]
+    return job
+
+
+def test_what_two_processes_saved_any_number_restores_bit_for_bit(start_job, tmp_path):
+    """On other meshes too. A checkpoint that cannot be read ends all processes, and the next start takes the one before."""
+    run_processes(start_job, 2, "save", tmp_path, 4)
+    assert names(tmp_path) == ["2", "3"]
+    for count, fsdp in ((1, 2), (4, 4)):
+        for process in run_processes(start_job, count, "restore", tmp_path, fsdp):
+            assert "restored 3" in process.output()
+    shutil.rmtree(tmp_path / "3/state/d")
+    job = run_processes(start_job, 2, "restore", tmp_path, 4, status=exit_codes.RETRY)
+    assert any("cannot be read" in process.output() for process in job)
+    assert names(tmp_path) == ["2", "3.damaged-1"]
+    for process in run_processes(start_job, 2, "restore", tmp_path, 4):
+        assert "restored 2" in process.output()

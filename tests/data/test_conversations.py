@@ -127,7 +127,7 @@ def test_a_resumed_stream_goes_on_with_the_next_batch_and_processes_read_their_p
     resumed.set_state(state)
     for a, b in zip(take(unbroken, 4), take(resumed, 4), strict=True):
         assert_equal(a, b)
-    halves = [take(train_batches(corpus, config, process_index=i, process_count=2), 3) for i in range(2)]
+    halves = [take(train_batches(corpus, config, places=half), 3) for half in np.split(np.arange(config.batch_size), 2)]
     for whole, left, right in zip(first, *halves, strict=True):
         np.testing.assert_array_equal(whole.images, np.concatenate([left.images, right.images]))
         np.testing.assert_array_equal(whole.tokens, np.concatenate([left.tokens, right.tokens]))

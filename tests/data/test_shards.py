@@ -322,7 +322,7 @@ def test_a_resumed_stream_goes_on_with_the_exact_next_batch(corpus, weighted, st
 
 def test_processes_share_each_global_batch_and_may_change_in_number(corpus, weighted):
     def parts(count):
-        return [train_batches(corpus, weighted, process_index=i, process_count=count) for i in range(count)]
+        return [train_batches(corpus, weighted, places=part) for part in np.split(np.arange(weighted.batch_size), count)]
 
     def global_tokens(iterators, steps):
         return [np.concatenate([next(iterator).tokens for iterator in iterators]) for _ in range(steps)]

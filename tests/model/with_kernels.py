@@ -81,7 +81,9 @@ def main(names: list[str]) -> None:
         loss, got = loss_and_gradients("tpu", MESHES[name], params, data)
         errors = jax.tree.map(lambda a, b: float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-6)), got, want)
         worst = max(jax.tree.leaves(errors))
-        print(json.dumps({"mesh": name, "loss": abs(float(loss - want_loss)) / float(want_loss), "gradients": worst}), flush=True)
+        print(
+            json.dumps({"mesh": name, "loss": abs(float(loss - want_loss)) / float(want_loss), "gradients": worst}), flush=True
+        )
 
 
 if __name__ == "__main__":

@@ -20,11 +20,12 @@ from jax.sharding import PartitionSpec as P
 from llama4_jax.checkpoints.run_checkpoints import RunCheckpoints
 from llama4_jax.config import AttentionTemperature, ExecutionConfig, MeshConfig, ModelConfig, ObjectiveConfig, OptimizerConfig
 from llama4_jax.data.packing import PackedRows, TokenizedDocuments, check_windows, plan_packing
+from llama4_jax.model.linear import project
 from llama4_jax.model.llama4 import Llama4, init_params, logical_axes
 from llama4_jax.parallel import context_parallel
 from llama4_jax.parallel.expert_parallel import routed_experts
 from llama4_jax.parallel.mesh import make_mesh
-from llama4_jax.parallel.rules import batch_sharding, named_shardings, put_batch, use_mesh
+from llama4_jax.parallel.rules import batch_sharding, named_shardings, partition, put_batch, use_mesh
 from llama4_jax.training.objective import cross_entropy_objective
 from llama4_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from llama4_jax.training.state import abstract_state, create_state
@@ -167,8 +168,9 @@ def move_between_meshes(model, folder):
 
 
 def collectives(function, *args) -> list[str]:
-    """The names of all collectives in the compiled program."""
-    text = jax.jit(function).lower(*args).compile(OPTIONS).as_text()
+    """The names of all collectives in the compiled program, those of a device with itself aside."""
+    lines = jax.jit(function).lower(*args).compile(OPTIONS).as_text().splitlines()
+    text = "\n".join(line for line in lines if "replica_groups={{0},{1}," not in line)
     return sorted(set(re.findall(r"(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(", text)))
 
 
@@ -204,6 +206,21 @@ def collectives_of_experts(exchange) -> list[str]:
         )
 
 
+def collectives_of_a_projection() -> list[str]:
+    """Onto heads of which no shard has a tile, forward and backward, under fsdp=2 x expert=4."""
+    mesh, axes = mesh_of({"fsdp": 2, "expert": 4}), ("embed", "heads", "head_dim")
+    of = lambda spec, *shape: jax.ShapeDtypeStruct(shape, "float32", sharding=NamedSharding(mesh, spec))  # noqa: E731
+    kernel = partition("kernel", (32, 4, 8), P(*axes), mesh)
+
+    def gradients(x, kernel, dy):
+        y, pullback = jax.vjp(lambda x, kernel: project(x, kernel, axes), x, kernel)
+        return y, pullback(dy)
+
+    with use_mesh(mesh):
+        rows = batch_sharding(mesh).spec
+        return collectives(gradients, of(rows, ROWS, LENGTH, 32), of(kernel, 32, 4, 8), of(rows, ROWS, LENGTH, 4, 8))
+
+
 def count_collectives():
     report(
         "collectives",
@@ -215,6 +232,7 @@ def count_collectives():
         gathered=collectives_of_attention(None, CHUNK, context_exchange="all_gather"),
         all_to_all=collectives_of_experts("all_to_all"),
         all_gather=collectives_of_experts("all_gather"),
+        projection=collectives_of_a_projection(),
     )
 
 

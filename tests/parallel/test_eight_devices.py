@@ -89,6 +89,10 @@ def test_tokens_travel_by_the_exchange_that_was_asked_for(records):
     assert sent["all_gather"] == ["all-gather", "reduce-scatter"]
 
 
+def test_a_projections_weight_is_gathered_and_its_gradient_scattered(records):
+    assert records["collectives"]["projection"] == ["all-gather", "reduce-scatter"]
+
+
 def test_a_step_compiles_once_and_uses_up_its_state(records):
     assert records["train"]["compilations"] == 1 and records["train"]["step"] == 2
     assert records["train"]["donated"]
