@@ -8,9 +8,9 @@ llama4_jax/planning/README.md for what is counted and how.
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 
+import jax
 from absl import flags
 
 from llama4_jax import app
@@ -42,7 +42,7 @@ _TIMEOUT = flags.DEFINE_float("timeout", 3600, "seconds after which the compiler
 
 
 def main(overrides: dict[str, str]) -> int:
-    os.environ["JAX_PLATFORMS"] = "cpu"  # a plan needs no device, and takes none
+    jax.config.update("jax_platforms", "cpu")  # a plan needs no device, and takes none
     return {"plan": plan, "scaling": scaling, "calibration": calibration, "deployment": deployment}[_REPORT.value](overrides)
 
 
