@@ -22,15 +22,17 @@ class Memory:
 
     Attributes:
         arguments: by kind (parameters, optimizer, batch, cache, ...), as they are padded there.
-        temporaries: what the program needs meanwhile: activations, gradients, gathered weights.
+        temporaries: what the program needs meanwhile, at its peak: activations, gradients, gathered weights.
         results: that do not take the place of an argument.
         code: the program itself.
+        allocated: for temporaries, with the gaps between them; the compiler packs no tighter than it has to. 0 in an estimate.
     """
 
     arguments: dict[str, float]
     temporaries: float
     results: float
     code: float
+    allocated: float = 0.0
 
     @property
     def total(self) -> float:
@@ -52,11 +54,13 @@ def memory_of(compiled, arguments: tuple[PyTree, ...]) -> Memory:
     rest = stats.argument_size_in_bytes - sum(by_kind.values())  # tiles' padding
     if rest > 0:
         by_kind["padding"] = float(rest)
+    results = float(max(0, stats.output_size_in_bytes - stats.alias_size_in_bytes))
     return Memory(
         arguments=by_kind,
-        temporaries=float(stats.temp_size_in_bytes),
-        results=float(max(0, stats.output_size_in_bytes - stats.alias_size_in_bytes)),
+        temporaries=max(0.0, stats.peak_memory_in_bytes - stats.argument_size_in_bytes - results),
+        results=results,
         code=float(stats.generated_code_size_in_bytes),
+        allocated=float(stats.temp_size_in_bytes),
     )
 
 

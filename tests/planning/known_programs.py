@@ -61,6 +61,13 @@ def programs(mesh):
         estimate = pl.CostEstimate(flops=123_456, transcendentals=0, bytes_accessed=7_890)
         return pl.pallas_call(double, out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype), cost_estimate=estimate)(x)
 
+    def carried(x):
+        def turn(_, arrays):
+            a, b, c = arrays
+            return jnp.roll(b, 1, axis=0) * 2, jnp.flip(a, axis=0) + 1, jnp.roll(c, 3, axis=0)
+
+        return sum(a.sum() for a in jax.lax.fori_loop(0, 5, turn, (x, x * 2, x * 3)))
+
     square = array((512, 512), BF16)
     ring = [(i, (i + 1) % mesh.shape["a"]) for i in range(mesh.shape["a"])]
     return {
@@ -89,6 +96,7 @@ def programs(mesh):
         "either": (either, [square, square, array((), jnp.bool_)]),
         "kernel": (mapped(kernel, (P(),), P()), [array((512, 512), F32)]),
         "elementwise": (lambda x, y: x * y + 1, [array((4096, 4096), F32), array((4096, 4096), F32)]),
+        "carried": (carried, [array((4096, 8192), F32)]),
         "padded": (lambda x: jnp.tanh(x), [array((1000, 1000), F32)]),
     }
 

@@ -117,6 +117,15 @@ def test_elementwise_work_reads_and_writes_once(on_eight):
     assert program["roofline"]["core"] == pytest.approx(3 * 4096 * 4096 * 4 / 819e9)
 
 
+def test_temporaries_are_those_of_the_peak(on_eight):
+    """Three arrays go from turn to turn, beside some of their successors."""
+    memory = on_eight["carried"]["memory"]
+    array = 4096 * 8192 * 4
+    assert sum(memory["arguments"].values()) == array
+    assert 2 * array <= memory["temporaries"] <= 5 * array
+    assert memory["temporaries"] <= memory["allocated"]
+
+
 def test_padding_of_tiles_is_moved_and_stored_too(on_eight):
     """1,000 columns lie in 1,024."""
     assert on_eight["padded"]["hbm_bytes"] == 2 * 1000 * 1024 * 4
