@@ -191,7 +191,7 @@ def _time(plan: Plan) -> str:
         ("exchanges inside a slice or node", ms(r.ici)),
         ("exchanges between them", ms(r.dcn)),
         ("run of the program", f"{ms(r.step)}, bound by {r.bound}"),
-        ("tokens a second and chip", f"{plan.tokens / r.step / plan.chips:,.0f}"),
+        ("tokens a second", f"{plan.tokens / r.step:,.0f}, {plan.tokens / r.step / plan.chips:,.4g} a chip"),
         ("MFU at the roofline", f"{plan.mfu:.1%}"),
         (f"chip-hours for {plan.total_tokens:.3g} tokens", f"{plan.chip_hours:,.0f}"),
     ]
