@@ -5,11 +5,11 @@ are 1.05 trillion tokens. Each chip holds 4 of the 128 experts (`expert=32`), a 
 every other weight. Weights, gradients and both of Adam's moments in float32 take 50.1 GB of a chip, and what the backward pass
 keeps of each layer's input another 8.1 GB.
 
-It was never run: no pod was at hand, and a start over several hosts is untested. That the mesh divides every parameter and
-batch is tested; a loss or a speed is not promised, and the learning rate is a guess to be tuned. Meta published neither its
-data nor its schedule.
+It was never run: no pod was at hand. That the mesh divides every parameter and batch is tested, and the compiler says that the
+step fits (`python -m llama4_jax.plan`, see llama4_jax/planning/README.md); a loss or a speed is not promised, and the learning rate is a
+guess to be tuned. Meta published neither its data nor its schedule.
 
-The data are yours. Once, then on every host of the slice:
+The data are yours. Once, then on every host of the slice (launch/README.md shows who starts them):
 
     python -m llama4_jax.prepare --config=experiments/pretrain_maverick.py --out=prepared/text \\
         --config.data.prepared=none --config.data.sources=YOUR_TEXT
