@@ -55,9 +55,10 @@ def memory_of(compiled, arguments: tuple[PyTree, ...]) -> Memory:
     if rest > 0:
         by_kind["padding"] = float(rest)
     results = float(max(0, stats.output_size_in_bytes - stats.alias_size_in_bytes))
+    at_peak = stats.peak_memory_in_bytes - stats.argument_size_in_bytes - results
     return Memory(
         arguments=by_kind,
-        temporaries=max(0.0, stats.peak_memory_in_bytes - stats.argument_size_in_bytes - results),
+        temporaries=max(0.0, min(stats.temp_size_in_bytes, at_peak)),  # the peak has what lies on the chip in it
         results=results,
         code=float(stats.generated_code_size_in_bytes),
         allocated=float(stats.temp_size_in_bytes),

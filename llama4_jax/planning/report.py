@@ -146,7 +146,7 @@ def _memory(plan: Plan) -> str:
     rows.append(("total", gb(memory.total), f"{memory.total / plan.hbm_bytes:.1%} of {gb(plan.hbm_bytes)}: {verdict}"))
     lines = table(("memory", "bytes", "of HBM"), rows)
     largest = ", ".join(f"{b.shape} {gb(b.bytes)} ({b.scope})" for b in plan.measurement.buffers[:4])
-    if memory.allocated > memory.temporaries:
+    if memory.allocated > 1.01 * memory.temporaries:
         lines += f"\ntemporaries at their peak; with gaps between them the compiler allocated {gb(memory.allocated)}"
     return lines + (f"\nlargest arrays made meanwhile: {largest}" if largest else "")
 
