@@ -1,6 +1,7 @@
 """The programs of a run as the compiler gets them: without data, weights, or the devices that will run them."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -13,9 +14,14 @@ from jax.sharding import PartitionSpec as P
 from llama4_jax.app import load_experiment
 from llama4_jax.config import Experiment
 from llama4_jax.data.batch import Batch
-from llama4_jax.model.llama4 import Llama4
+from llama4_jax.inference import decoding
+from llama4_jax.inference.generator import DECODE_ROOM, PREFILL_PIECE
+from llama4_jax.inference.sampling import Sampling
+from llama4_jax.model.cache import Cache
+from llama4_jax.model.llama4 import Llama4, abstract_params, logical_axes
+from llama4_jax.parallel.fit import check_fit
 from llama4_jax.parallel.mesh import make_mesh
-from llama4_jax.parallel.rules import BATCH_AXES, batch_sharding, use_mesh
+from llama4_jax.parallel.rules import BATCH_AXES, batch_sharding, named_shardings, use_mesh
 from llama4_jax.training.balancing import bias_balancing
 from llama4_jax.training.objective import cross_entropy_objective
 from llama4_jax.training.optimizer import learning_rate_schedule, make_optimizer
@@ -31,6 +37,7 @@ def train_step(experiment: Experiment, devices: Sequence[jax.Device]) -> Case:
         UserError: the mesh does not fit the devices, or does not divide the model.
     """
     mesh = make_mesh(experiment.mesh, devices)
+    check_fit(mesh, experiment.model, experiment.execution, experiment.data)
     model = Llama4(experiment.model, experiment.execution)
     optimizer = make_optimizer(experiment.optimizer, experiment.steps, experiment.model)
     state = abstract_state(model, optimizer, experiment.optimizer.trainable, mesh)
@@ -45,6 +52,76 @@ def train_step(experiment: Experiment, devices: Sequence[jax.Device]) -> Case:
         microbatches=experiment.execution.microbatches,
     )
     return Case(step, (state, abstract_batch(experiment, mesh)), partial(use_mesh, mesh))
+
+
+def prefill(experiment: Experiment, devices: Sequence[jax.Device]) -> Case:
+    """The last piece of `data.batch_size` prompts of `data.sequence_length` tokens, as the generator reads it."""
+    mesh, model, variables = _for_inference(experiment, devices)
+    rows, length = experiment.data.batch_size, experiment.data.sequence_length
+    sharding = NamedSharding(mesh, P(_row_axes(mesh, rows)))
+    tokens = jax.ShapeDtypeStruct((rows, min(length, PREFILL_PIECE)), jnp.int32, sharding=sharding)
+    cache = abstract_cache(experiment, mesh, length)
+
+    def read(variables, cache, tokens, segment_ids):
+        return decoding.prefill(model, variables, cache, tokens, segment_ids)
+
+    return Case(jax.jit(read, donate_argnums=1), (variables, cache, tokens, tokens), partial(use_mesh, mesh))
+
+
+def decode(experiment: Experiment, devices: Sequence[jax.Device]) -> Case:
+    """Decoding of `data.batch_size` rows with a cache of `data.sequence_length` tokens; a turn of its loop draws a token of
+    each row."""
+    mesh, model, variables = _for_inference(experiment, devices)
+    rows = experiment.data.batch_size
+    sharding = NamedSharding(mesh, P(_row_axes(mesh, rows)))
+    replicated = NamedSharding(mesh, P())
+    state = decoding.State(
+        cache=abstract_cache(experiment, mesh, experiment.data.sequence_length),
+        logits=jax.ShapeDtypeStruct((rows, experiment.model.vocab_size), jnp.float32, sharding=sharding),
+        keys=jax.ShapeDtypeStruct((rows,), jax.eval_shape(lambda: jax.random.key(0)).dtype, sharding=sharding),
+        drawn=jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated),
+        finished=jax.ShapeDtypeStruct((rows,), jnp.bool_, sharding=sharding),
+    )
+    stop_ids = jax.ShapeDtypeStruct((1,), jnp.int32, sharding=replicated)
+    steps = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
+
+    def draw(variables, state, stop_ids, steps):
+        return decoding.decode(model, variables, state, stop_ids, steps, sampling=Sampling(), room=DECODE_ROOM)
+
+    return Case(jax.jit(draw, donate_argnums=1), (variables, state, stop_ids, steps), partial(use_mesh, mesh))
+
+
+PROGRAMS = {"train": train_step, "prefill": prefill, "decode": decode}
+
+
+def _for_inference(experiment: Experiment, devices: Sequence[jax.Device]):
+    """The mesh, the model and its variables in the compute dtype."""
+    mesh = make_mesh(experiment.mesh, devices)
+    model = Llama4(experiment.model, experiment.execution)
+    shapes = abstract_params(model)
+    shardings = named_shardings(shapes, logical_axes(model), mesh)
+    dtype = jnp.dtype(experiment.execution.compute_dtype)
+    params = jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, dtype, sharding=sharding), shapes, shardings)
+    return mesh, model, {"params": params}
+
+
+def _row_axes(mesh, rows: int) -> tuple[str, ...] | None:
+    """The mesh axes over which rows lie, or None where they do not divide."""
+    return None if rows % math.prod(mesh.shape[axis] for axis in BATCH_AXES) else BATCH_AXES
+
+
+def abstract_cache(experiment: Experiment, mesh, length: int) -> Cache:
+    """A cache for rows of `length` tokens as shapes, rows and heads split as decoding has them (context_parallel.decode)."""
+    model, rows = experiment.model, experiment.data.batch_size
+    shapes = jax.eval_shape(lambda: Cache.create(model, rows, length, experiment.execution.compute_dtype))
+    axes = _row_axes(mesh, rows)
+    heads = None if model.num_kv_heads % mesh.shape["tensor"] else "tensor"
+
+    def place(leaf):
+        spec = P(None, axes, None, heads) if leaf.ndim == 5 else P(axes)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree.map(place, shapes)
 
 
 def abstract_batch(experiment: Experiment, mesh) -> Batch:

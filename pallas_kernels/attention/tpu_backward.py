@@ -202,7 +202,7 @@ def _piece(q, do, k, v, lse, delta, first, last, number, dq, heads, tiling, out_
     in_specs = [of_queries, of_queries, of_rows, of_rows, edge, edge, of_keys, of_keys]
     if dq is not None:
         operands, in_specs = [*operands, dq], [*in_specs, of_queries]
-    pairs = B * T * width * resident  # a bound: what the mask leaves is known to the device only
+    pairs = B * T * width * resident // 2  # what a causal mask leaves, of one document a row
     dq, dk, dv = call(
         functools.partial(_kernel, tiling=tiling, heads=G, per_row=per_row, turned=turned, added=dq is not None),
         out_shape=[

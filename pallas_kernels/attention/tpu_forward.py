@@ -103,7 +103,7 @@ def forward(
         if before.out.dtype == (dtype or query.dtype):
             aliases = {9: 0, 10: 1}
     statistics = pltpu.VMEM((tiling.queries, LANES), jnp.float32)
-    read = B * N * T * min(S, reach or S) // (2 if reach is None else 1)
+    read = B * N * T * min(S, reach or S) // 2  # what a causal mask leaves, of one document a row
     out, lse = call(
         functools.partial(_kernel, S=S, scale=H**-0.5, tiling=tiling, rows=first.shape[0], has_before=before is not None),
         out_shape=[

@@ -48,7 +48,16 @@ class Ride:
     arrived: Sequence[Array] | None = None
 
     def pallas_call(
-        self, kernel, *, out_shape, grid_spec, compiler_params=None, input_output_aliases=None, interpret=False, **options
+        self,
+        kernel,
+        *,
+        out_shape,
+        grid_spec,
+        compiler_params=None,
+        input_output_aliases=None,
+        cost_estimate=None,
+        interpret=False,
+        **options,
     ):
         """As `pl.pallas_call`, of a kernel with a list of outputs and a `PrefetchScalarGridSpec`."""
         scalars, inputs, outputs = grid_spec.num_scalar_prefetch, len(grid_spec.in_specs), len(out_shape)
@@ -85,6 +94,10 @@ class Ride:
                 has_side_effects=True,
             ),
             input_output_aliases=input_output_aliases or {},
+            cost_estimate=dataclasses.replace(
+                cost_estimate or pl.CostEstimate(flops=0, transcendentals=0, bytes_accessed=0),
+                remote_bytes_transferred=sum(x.nbytes for x in self.arrays),
+            ),
             interpret=interpret,
             **options,
         )

@@ -1,0 +1,121 @@
+"""The estimate: exact where it can be, and of the right order where it simplifies."""
+
+import dataclasses
+
+import pytest
+
+import llama4_jax as l4
+from llama4_jax.errors import UserError
+from llama4_jax.planning.analytic import estimate
+from llama4_jax.planning.chips import parse_topology
+from llama4_jax.planning.model_flops import keys_seen, model_flops, tokens_of
+from llama4_jax.planning.search import compiled_text, products, rank, ranking_text
+from llama4_jax.training.flops import training_flops_per_token
+
+
+def experiment(**mesh) -> l4.Experiment:
+    """Scout's shapes with four layers, 8 rows of 8,192 tokens on each of 16 chips."""
+    return l4.Experiment(
+        model=dataclasses.replace(l4.named_config("scout-17b-16e"), vision=None, num_layers=4),
+        data=l4.DataConfig(sources=("text",), sequence_length=8192, batch_size=128),
+        execution=l4.ExecutionConfig(compute_dtype="bfloat16", remat="layer"),
+        mesh=l4.MeshConfig(**mesh),
+    )
+
+
+POD = parse_topology("v5p:2x2x4")
+
+
+def exchanged(measurement, kind: str, axes: str) -> float:
+    return sum(e.sent for e in measurement.exchanges if (e.kind, e.axes) == (kind, axes))
+
+
+def test_weights_and_moments_are_the_models_over_the_devices():
+    whole = experiment(fsdp=4, expert=4)
+    count = l4.count_parameters(whole.model).total
+    memory = estimate(whole, POD).memory
+    assert memory.arguments["parameters"] == pytest.approx(4 * count / 16, rel=1e-3)  # router and norms are not all split
+    assert memory.arguments["optimizer"] == 2 * memory.arguments["parameters"]
+    replicated = estimate(experiment(data=16), POD).memory
+    assert replicated.arguments["parameters"] == 4 * count
+
+
+def test_without_fsdp_gradients_are_summed_once_over_data():
+    found = estimate(experiment(data=16), POD)
+    count = l4.count_parameters(experiment().model).total
+    assert {(e.kind, e.axes) for e in found.exchanges} == {("all-reduce", "data")}
+    assert exchanged(found, "all-reduce", "data") == pytest.approx(4 * count * 2 * 15 / 16)
+
+
+def test_experts_exchange_what_the_cost_rule_says():
+    """4 layers, five times each: rows and answers, rows again when recomputed, both gradients; 1.25 of an even share."""
+    found = estimate(experiment(fsdp=4, expert=4), POD)
+    tokens = 8 * 8192
+    assert exchanged(found, "all-to-all", "expert") == pytest.approx(4 * 5 * 1.25 * tokens * 3 / 4 * 5120 * 2, rel=1e-3)
+
+
+def test_recomputation_costs_one_forward_pass_of_the_layers():
+    run = experiment(data=16)
+    kept = dataclasses.replace(run, execution=dataclasses.replace(run.execution, remat="none"))
+    again, once = estimate(run, POD), estimate(kept, POD)
+    head = 4 * 2 * 8 * 8192 * 5120 * 202_048  # logits are computed twice, with and without remat
+    assert again.flops - once.flops == pytest.approx((once.flops - head) / 3)
+    assert once.flops - head / 4 == pytest.approx(8 * 8192 * training_flops_per_token(run.model, 8192))
+    assert again.memory.temporaries < once.memory.temporaries
+
+
+def test_long_rows_over_context_exchange_keys_in_nope_layers_only():
+    long = dataclasses.replace(
+        experiment(fsdp=4, context=4), data=l4.DataConfig(("text",), sequence_length=131_072, batch_size=4)
+    )
+    found = estimate(long, POD)
+    keys = 131_072 / 4 * 2 * 8 * 128 * 2  # one NoPE layer; two forward passes, keys again and their gradients behind
+    assert exchanged(found, "all-gather", "context") == pytest.approx(4 * 3 * keys)
+
+
+def test_a_mesh_that_does_not_fit_is_one_line():
+    with pytest.raises(UserError, match=r"fsdp=3.*16"):
+        estimate(experiment(fsdp=3, data=1), POD)
+    with pytest.raises(UserError, match="num_experts"):
+        estimate(experiment(expert=-1, data=1), parse_topology("v5p:4x4x2"))
+
+
+def test_misaligned_shards_are_named_and_gathered_at_twice_the_bytes():
+    found = estimate(dataclasses.replace(experiment(fsdp=128), data=l4.DataConfig(("t",), sequence_length=8192, batch_size=128)),
+                     parse_topology("v5p:4x4x8"))  # fmt: skip
+    assert any("attention/query" in name and "40" in name for name in found.misaligned)
+    assert exchanged(found, "all-reduce", "fsdp") > 0
+
+
+def test_search_ranks_what_fits_by_time_and_tells_the_rest():
+    ranking = rank(experiment(), POD, axes=("fsdp", "expert", "tensor"))  # 8 heads of keys do not divide by 16
+    times = [c.measurement.roofline.step for c in ranking.candidates]
+    assert times == sorted(times) and len(times) > 3
+    assert ranking.too_large and ranking.refused
+    limit = 0.9 * POD.chip.hbm_bytes
+    assert all(c.measurement.memory.total <= limit for c in ranking.candidates)
+    assert all(c.measurement.memory.total > limit for c in ranking.too_large)
+    assert str(ranking.candidates[0]) in ranking_text(ranking)
+    assert f"{len(ranking.candidates)} that should fit" in compiled_text([], [], ranking)
+
+
+def test_search_says_why_no_mesh_divides():
+    with pytest.raises(UserError, match=r"no mesh over 16 devices.*batch_size=3"):
+        rank(
+            dataclasses.replace(experiment(), data=l4.DataConfig(("t",), sequence_length=8192, batch_size=3)),
+            POD,
+            axes=("fsdp", "data"),
+        )
+
+
+def test_products_are_all_factorisations():
+    assert sorted(products(12, 2)) == [(1, 12), (2, 6), (3, 4), (4, 3), (6, 2), (12, 1)]
+    assert len(list(products(128, 5))) == 330
+
+
+def test_model_flops_of_inference_are_a_forward_pass():
+    run = experiment()
+    assert tokens_of(run, "train") == 128 * 8192 and tokens_of(run, "prefill") == 128 * 1024 and tokens_of(run, "decode") == 128
+    assert model_flops(run, "decode") < model_flops(run, "prefill") < model_flops(run, "train") / 3
+    assert keys_seen(run.model, 10_000, 1) == [10_000 % 8192 + 1] * 3 + [10_001]
+    assert keys_seen(run.model, 0, 8192) == [4096.5] * 4
