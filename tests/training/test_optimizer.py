@@ -76,7 +76,7 @@ def test_muon_moves_every_matrix_of_a_stack_along_its_own_orthogonal_factor():
         rule="muon", learning_rate=1.0, warmup_steps=0, decay_fraction=0.01, weight_decay=0.0, clip_norm=1e9
     )
     optimizer = make_optimizer(settings, 1000)
-    updates, _ = optimizer.update(gradients, optimizer.init(gradients), gradients)
+    updates, _ = jax.jit(optimizer.update)(gradients, optimizer.init(gradients), gradients)
     got, given = flatten_dict(updates, sep="/"), flatten_dict(gradients, sep="/")
 
     def expect_orthogonal(update, gradient):  # both [n, m]
