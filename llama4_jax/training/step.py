@@ -10,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llama4_jax.data.batch import Batch
+from llama4_jax.parallel.compiler_options import compiler_options
 from llama4_jax.training.balancing import Balance
 from llama4_jax.training.microbatches import in_microbatches
 from llama4_jax.training.objective import Metrics, Objective
@@ -63,4 +64,5 @@ def make_train_step(
         return TrainState(state.step + 1, params, opt_state, model_state, state.trainable), metrics
 
     replicated = NamedSharding(mesh, P())
-    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings_of(state), replicated))
+    shardings = shardings_of(state), replicated
+    return jax.jit(train_step, donate_argnums=0, out_shardings=shardings, compiler_options=compiler_options(mesh))

@@ -27,7 +27,7 @@ def test_products_are_within_the_rounding_of_their_rows_and_outputs(matmul, x_sh
     row = np.abs(x).max(axis=x_axes).reshape(*x_shape[:-in_axes], *[1] * (len(w_shape) - in_axes))
     output = np.abs(w).max(axis=w_axes)
     contracted = np.prod(w_shape[:in_axes])
-    got = project(jnp.asarray(x), jnp.asarray(w), in_axes=in_axes, matmul=matmul)
+    got = project(jnp.asarray(x), jnp.asarray(w), (None,) * w.ndim, in_axes=in_axes, matmul=matmul)
     error = np.abs(got - exact)
     assert (error <= 2.2 * STEP[matmul] * contracted * row * output + 1e-6).all()
     assert error.max() > 0  # it did round
@@ -38,7 +38,7 @@ def test_products_are_within_the_rounding_of_their_rows_and_outputs(matmul, x_sh
 def test_gradients_are_those_of_the_plain_product(matmul):
     x, w = jax.random.normal(jax.random.key(0), (5, 8)), jax.random.normal(jax.random.key(1), (8, 3))
     dy = jax.random.normal(jax.random.key(2), (5, 3))
-    gradients = [jax.vjp(lambda x, w, m=m: project(x, w, matmul=m), x, w)[1](dy) for m in ("plain", matmul)]
+    gradients = [jax.vjp(lambda x, w, m=m: project(x, w, (None,) * w.ndim, matmul=m), x, w)[1](dy) for m in ("plain", matmul)]
     jax.tree.map(np.testing.assert_array_equal, *gradients)
 
 
