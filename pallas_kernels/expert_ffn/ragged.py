@@ -12,27 +12,28 @@ from pallas_kernels.routing.reference import places
 
 def expert_ffn(x, experts, scores, gate_up, down, order=None):
     """See `api.expert_ffn`."""
-    steps = rows.permute, xla.grouped_swiglu, xla.grouped_matmul, rows.unpermute
-    return _moved(x, experts, scores, gate_up, down, order, *steps)
+    ffn = _one_by_one(xla.grouped_swiglu, xla.grouped_matmul)
+    return _moved(x, experts, scores, gate_up, down, order, rows.permute, ffn, rows.unpermute)
 
 
 def expert_ffn_tpu(x, experts, scores, gate_up, down, order=None, *, tiling: Tiling | None = None, interpret=False):
     """See `api.expert_ffn`; `tiling`, `interpret` and what is refused as in `grouped_matmul.tpu`."""
-    options = {"tiling": tiling, "interpret": interpret}
     there, back = (partial(move, interpret=interpret) for move in (rows_tpu.permute, rows_tpu.unpermute))
-    products = partial(tpu.grouped_swiglu, **options), partial(tpu.grouped_matmul, **options)
-    return _moved(x, experts, scores, gate_up, down, order, there, *products, back)
+    ffn = partial(tpu.grouped_ffn, tiling=tiling, interpret=interpret)
+    return _moved(x, experts, scores, gate_up, down, order, there, ffn, back)
 
 
 def expert_ffn_gpu(x, experts, scores, gate_up, down, order=None, *, tiling: gpu.Tiling | None = None, interpret=False):
     """See `api.expert_ffn`; `tiling`, `interpret` and what is refused as in `grouped_matmul.gpu`."""
     options = {"tiling": tiling, "interpret": interpret}
-    products = partial(gpu.grouped_swiglu, **options), partial(gpu.grouped_matmul, **options)
-    return _moved(x, experts, scores, gate_up, down, order, rows.permute, *products, rows.unpermute)
+    ffn = _one_by_one(partial(gpu.grouped_swiglu, **options), partial(gpu.grouped_matmul, **options))
+    return _moved(x, experts, scores, gate_up, down, order, rows.permute, ffn, rows.unpermute)
 
 
-def _moved(x, experts, scores, gate_up, down, order, permute, swiglu, matmul, unpermute):
+def _one_by_one(swiglu, matmul):
+    return lambda x, gate_up, down, *groups: matmul(swiglu(x, gate_up, *groups), down, *groups)
+
+
+def _moved(x, experts, scores, gate_up, down, order, permute, ffn, unpermute):
     place, group_sizes = order or places(experts, len(down))
-    first = jnp.zeros((), jnp.int32)
-    hidden = swiglu(permute(x, scores, place), gate_up, group_sizes, first)
-    return unpermute(matmul(hidden, down, group_sizes, first), place)
+    return unpermute(ffn(permute(x, scores, place), gate_up, down, group_sizes, jnp.zeros((), jnp.int32)), place)

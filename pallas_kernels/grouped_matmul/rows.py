@@ -41,6 +41,11 @@ def swiglu_gradient(gate, up, dout):
     return dout * up * sigmoid * (1 + gate * (1 - sigmoid)), dout * gate * sigmoid
 
 
+def swiglu_gradient_and_value(gate, up, dout):
+    """Of gate and of up, then SwiGLU itself."""
+    return *swiglu_gradient(gate, up, dout), *swiglu(gate, up)
+
+
 def rows_product(
     lhs: Float[Array, "L M K"],
     matrices: Float[Array, "G W D F"] | Quantized,

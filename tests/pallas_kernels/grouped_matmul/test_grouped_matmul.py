@@ -193,3 +193,32 @@ def test_forward_and_fused_compile_for_a_tpu():
 )
 def test_forward_and_gradients_compile_for_every_tpu(chip, shape, op):
     compiles(chip, {"shape": shape, "op": op}, {"shape": shape, "op": op, "gradients": True})
+
+
+def flops_of_kernels(function, *args) -> int:
+    """As their cost estimates say."""
+
+    def count(jaxpr):
+        total = 0
+        for equation in jaxpr.eqns:
+            if equation.primitive.name == "pallas_call":
+                total += equation.params["cost_estimate"].flops
+                continue
+            for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+                inner = getattr(value, "jaxpr", value)
+                total += count(inner) if hasattr(inner, "eqns") else 0
+        return total
+
+    return count(jax.make_jaxpr(jax.jit(function))(*args).jaxpr)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_a_layer_of_experts_takes_eleven_products_rematerialised_or_not(remat):
+    """Three forward, six gradients, and gate and up once more."""
+    M, D, F, G = 64, 128, 256, 2
+    groups = jnp.array([30, 34], jnp.int32), jnp.int32(0)
+    ffn = lambda x, gate_up, down: tpu.grouped_ffn(x, gate_up, down, *groups)  # noqa: E731
+    ffn = jax.checkpoint(ffn) if remat else ffn
+    shapes = (M, D), (G, 2, D, F), (G, F, D), (M, D)
+    flops = flops_of_kernels(lambda *args: jax.vjp(ffn, *args[:3])[1](args[3]), *map(jnp.zeros, shapes))
+    assert flops == 11 * 2 * M * D * F
