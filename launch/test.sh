@@ -3,6 +3,7 @@
 #   ./launch/test.sh                          the suite
 #   ./launch/test.sh tests/model -k decode    part of it
 #   ./launch/test.sh --run-slow               and the slow matrix
+#   ./launch/test.sh --numprocesses=0         in one process
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/environment.sh
@@ -13,4 +14,4 @@ if ! cmp -s launch/locks/without_dependencies.txt .venv/without_dependencies.txt
   cp launch/locks/without_dependencies.txt .venv/
 fi
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
-exec python -m pytest "$@"
+exec python -m pytest --numprocesses=2 --dist=loadfile "$@"  # two cores; a file's fixtures stay together
