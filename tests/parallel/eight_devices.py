@@ -167,10 +167,18 @@ def move_between_meshes(model, folder):
     report("restored", equal=all(jax.tree.leaves(equal)), placed=all(jax.tree.leaves(placed)))
 
 
+def of_one_device(line: str) -> bool:
+    """Whether a collective has groups of one: {{0},{1},..}, or the axes of a mesh that have size 1."""
+    if mesh := re.search(r"replica_groups=mesh\[(.*?)\].*?\{(.*?)\}", line):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
+        return all(sizes[axis] == "1" for axis in re.findall(r"\w+", mesh[2]))
+    return "replica_groups={{0},{1}," in line
+
+
 def collectives(function, *args) -> list[str]:
     """The names of all collectives in the compiled program, those of a device with itself aside."""
     lines = jax.jit(function).lower(*args).compile(OPTIONS).as_text().splitlines()
-    text = "\n".join(line for line in lines if "replica_groups={{0},{1}," not in line)
+    text = "\n".join(line for line in lines if not of_one_device(line))
     return sorted(set(re.findall(r"(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(", text)))
 
 
