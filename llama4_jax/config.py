@@ -377,11 +377,19 @@ class OptimizerConfig:
 
 @dataclasses.dataclass
 class CheckpointConfig:
+    """When a run is saved, and which checkpoints stay: the newest, and beside them those that the other fields name."""
+
     every: int = 200  # steps between checkpoints; the last step is always saved
     keep: int = 2  # newest checkpoints that stay
+    keep_every: int | None = None  # checkpoints of steps that are multiples of this stay for ever
+    keep_best: str | None = None  # the checkpoint with the best value of an evaluation stays, such as heldout.bits_per_byte
+    best_is: Literal["lowest", "highest"] = "lowest"
 
     def __post_init__(self):
+        _require_choices(self)
         _require_positive(self, "every", "keep")
+        if self.keep_every is not None:
+            _require_positive(self, "keep_every")
 
 
 @dataclasses.dataclass
@@ -436,6 +444,11 @@ class Experiment:
         _require(
             self.model.router_bias or not self.objective.bias_anneal_fraction,
             f"ObjectiveConfig.bias_anneal_fraction={self.objective.bias_anneal_fraction} needs ModelConfig.router_bias=true",
+        )
+        best = self.checkpoint.keep_best
+        _require(
+            best is None or best.partition(".")[0] in self.evaluations,
+            f"CheckpointConfig.keep_best={best} must be EVALUATION.VALUE of one of {', '.join(self.evaluations) or 'no evaluations'}",
         )
         chunk, length = self.model.attention_chunk_size, self.data.sequence_length
         _require(
