@@ -148,7 +148,7 @@ class _Sitting:
         restored = self.checkpoints.restore_newest(self.state_shape)
         if restored is None:
             return None
-        require_same_experiment(restored.fingerprint["settings"], self.fingerprint["settings"], self.run.folder)
+        require_same_experiment(restored.fingerprint["settings"], self.run.settings, self.run.folder)
         self.batches.set_state(restored.data)
         return restored.state
 

@@ -64,7 +64,12 @@ class Fault:
     argument: Any = None
 
 
-SLOWLY = Fault("sleep", BATCHES, argument=0.03)  # a step takes long enough for saves to end between two, and for kills to hit
+SLOWLY = Fault("sleep", BATCHES, argument=0.04)  # a step takes long enough for saves to end between two, and for kills to hit
+# What takes seconds at each start and has no part in what is tested: pictures, and the speed of this machine.
+BRIEFLY = (
+    Fault("skip", "llama4_jax.training.loop:write_report"),
+    Fault("skip", "llama4_jax.training.flops:_measured_matmul_flops", argument=1e9),
+)
 
 
 class Job:
@@ -127,11 +132,12 @@ class Comparison:
 
 
 class Bench:
-    """A folder with data, a cache of compiled programs, and unbroken runs to compare with."""
+    """A folder with data, a cache of compiled programs, runs, and unbroken ones to compare with."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.data = folder / "data"
+        self.runs: list[Run] = []
         self._jobs: list[Job] = []
         self._unbroken: dict[str, Run] = {}
         self.data.mkdir(parents=True)
@@ -142,7 +148,8 @@ class Bench:
 
     def run(self, name: str, *, processes: int = 1, devices: int | None = None, **settings: Any) -> "Run":
         """A run in the folder `name`. `devices` are of each process. In settings, __ is the dot: data__batch_size=4."""
-        return Run(self, self.folder / name, processes, devices or 2 // processes or 1, _dotted(settings))
+        self.runs.append(Run(self, self.folder / name, processes, devices or 2 // processes or 1, _dotted(settings)))
+        return self.runs[-1]
 
     def unbroken(self, run: "Run") -> "Run":
         """A finished run of the same settings that nothing has broken."""
@@ -197,14 +204,12 @@ class Run:
     Attributes:
         checkpoints, metrics: its folder of checkpoints, and metrics.jsonl.
         jobs: its starts.
-        lost: for each start that went on from something, the steps that had been logged and were done again.
     """
 
     def __init__(self, bench: Bench, workdir: Path, processes: int, devices: int, settings: dict[str, Any]):
         self.bench, self.workdir, self.processes, self.devices, self.settings = bench, workdir, processes, devices, settings
         self.checkpoints, self.metrics = workdir / "checkpoints", workdir / "metrics.jsonl"
         self.jobs: list[Job] = []
-        self.lost: list[int] = []
 
     def start(self, faults: Sequence[Fault] | dict[int, Sequence[Fault]] = (), **settings: Any) -> Job:
         """Starts it, with faults in every process, or in those that a dict numbers; `settings` are of this start alone."""
@@ -213,7 +218,7 @@ class Run:
         training = [f"--config={EXPERIMENT}", f"--workdir={self.workdir}", "--prompt=", *overrides]
         by_process = faults if isinstance(faults, dict) else dict.fromkeys(range(self.processes), faults)
         arguments = [
-            [HERE / "child.py", json.dumps([dataclasses.asdict(fault) for fault in by_process.get(i, ())]), *training]
+            [HERE / "child.py", json.dumps([dataclasses.asdict(f) for f in (*BRIEFLY, *by_process.get(i, ()))]), *training]
             for i in range(self.processes)
         ]
         job = self.bench.start(self.processes, self.devices, arguments)
@@ -225,19 +230,21 @@ class Run:
         for _ in range(starts):
             job = self.start(faults, **settings)
             statuses = job.ended()
-            self.note_lost(job)
             if statuses == [exit_codes.DONE] * self.processes:
                 return
             assert exit_codes.FAILED not in statuses, job.outputs()
         raise AssertionError(f"not done after {starts} starts: {statuses}\n{job.outputs()}")
 
-    def note_lost(self, job: Job) -> int | None:
-        """How many steps had to be done again, when this start says so."""
+    def whole_steps(self) -> list[int]:
+        """The steps whose checkpoints count."""
+        names = [path.name for path in self.checkpoints.iterdir()] if self.checkpoints.exists() else []
+        return sorted(int(name) for name in names if name.isdigit())
+
+    @staticmethod
+    def went_on(job: Job) -> tuple[int, int] | None:
+        """The step that the run had come to, and the one from which this start went on; None where it went on from nothing."""
         said = re.search(r"had come to step (\d+); it goes on from (?:the checkpoint of )?step (\d+)", job.output())
-        if said is None:
-            return None
-        self.lost.append(int(said[1]) - int(said[2]))
-        return self.lost[-1]
+        return None if said is None else (int(said[1]), int(said[2]))
 
     def step(self) -> int:
         """The last one that is logged."""
