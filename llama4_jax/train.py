@@ -7,11 +7,16 @@ everything saved (start again to go on), 2 bad input or a run that diverged, any
 as a launcher starts train together: see parallel/README.md.
 """
 
+import sys
+import time
+
 from absl import flags
 
 from llama4_jax import app, exit_codes
 from llama4_jax.errors import UserError
 from llama4_jax.parallel import processes
+
+_BEGIN = time.monotonic()
 
 _CONFIG = flags.DEFINE_string(
     "config", None, "Python file whose get_config() returns an Experiment; override fields by --config.FIELD=VALUE"
@@ -29,7 +34,7 @@ def main(overrides: dict[str, str]) -> int:
     processes.start()
     from llama4_jax.training.loop import train  # after the flags: a misspelt one answers at once
 
-    result = train(experiment, _WORKDIR.value)
+    result = train(experiment, _WORKDIR.value, leave=leave, startup_seconds=time.monotonic() - _BEGIN)
     if result.status == "stopped":
         return exit_codes.PREEMPTED
     if processes.is_first():
@@ -37,6 +42,12 @@ def main(overrides: dict[str, str]) -> int:
     if result.status == "finished" and _PROMPT.value:
         print_sample(result, _PROMPT.value, experiment.seed)
     return exit_codes.DONE
+
+
+def leave(line: str) -> None:
+    """Ends this process, and those of its job, for a signal."""
+    print(line, file=sys.stderr, flush=True)
+    processes.end(exit_codes.PREEMPTED, line)
 
 
 def print_summary(result, workdir: str) -> None:

@@ -25,8 +25,6 @@ CAUSE = {
     "step": TRAINING,
     "evaluate": "evaluation",
     "save": "saving",
-    "check": "comparing replicas",
-    "rollback": "restore",
     "finish": "final report",
     "stop": DOWN,
 }
@@ -177,6 +175,6 @@ def goodput_figure(events: Events) -> Figure:
 
 
 _COLORS = (
-    "tab:green", "tab:red", "gold", "darkred", "tab:blue", "tab:cyan", "tab:purple", "tab:pink", "tab:orange", "tab:olive",
-    "tab:brown", "lightgray",
+    "tab:green", "tab:red", "gold", "darkred", "tab:blue", "tab:cyan", "tab:purple", "tab:pink", "tab:orange", "tab:brown",
+    "lightgray",
 )  # fmt: skip

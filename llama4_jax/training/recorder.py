@@ -2,14 +2,16 @@
 
 A line is an event: its name, the wall clock, a clock that never jumps, process and host, and the updates done (`step`) where they
 are known. Most events begin something that lasts until the next line (`llama4_jax.training.goodput` reads them so): start, restore,
-compile, step (training goes on; updates up to `step` are done), evaluate, save, rollback, finish, stop. A fault begins nothing.
+compile, step (training goes on; updates up to `step` are done), evaluate, save, finish, stop. A fault begins nothing.
 """
 
+import contextlib
 import json
 import logging
 import os
 import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,25 +34,36 @@ class FlightRecorder:
         self._own = {"process": process, "host": socket.gethostname()}
         self._path = folder / ("events.jsonl" if process == 0 else f"events-{process}.jsonl")
         self._file: int | None = None
-        self._refused = False
+        self._refused = self._started = False
         self._steps: dict[str, Any] | None = None  # done, and not written yet
         self._written_at = 0.0
 
-    def record(self, event: str, **details: Any) -> None:
-        """An event of all processes, written by the first."""
+    def record(self, event: str, *, age: float = 0.0, **details: Any) -> None:
+        """An event of all processes, `age` seconds ago, written by the first. The first of them is start."""
+        self._started |= event == "start"
         if self._own["process"] == 0:
-            self.record_here(event, **details)
+            self.record_here(event, age=age, **details)
 
-    def record_here(self, event: str, **details: Any) -> None:
-        """An event of this process alone."""
-        self._write_steps()
-        self._write({"event": event} | _now() | self._own | details)
+    def record_here(self, event: str, *, age: float = 0.0, **details: Any) -> None:
+        """An event of this process alone. Nothing is written before start: a finished run that is started leaves no trace."""
+        if self._started:
+            self._write_steps()
+            self._write({"event": event} | _clocks(age) | self._own | details)
+
+    @contextlib.contextmanager
+    def faults(self) -> Iterator[None]:
+        """Records what is raised inside."""
+        try:
+            yield
+        except BaseException as error:
+            self.record_here("fault", what=f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
+            raise
 
     def step(self, step: int, *, skipped: bool = False) -> None:
         """An update is done, or left out as `skipped`. Written as one line for many, with the time of the last."""
         if self._own["process"] == 0:
             left_out = (self._steps or {}).get("skipped", 0) + skipped
-            steps = {"event": "step"} | _now() | self._own | {"step": step}
+            steps = {"event": "step"} | _clocks() | self._own | {"step": step}
             self._steps = steps | ({"skipped": left_out} if left_out else {})
             if steps["monotonic"] - self._written_at >= STEP_SECONDS:
                 self._write_steps()
@@ -82,8 +95,8 @@ class FlightRecorder:
             self._file = None
 
 
-def _now() -> dict[str, float]:
-    return {"time": round(time.time(), 3), "monotonic": round(time.monotonic(), 3)}
+def _clocks(age: float = 0.0) -> dict[str, float]:
+    return {"time": round(time.time() - age, 3), "monotonic": round(time.monotonic() - age, 3)}
 
 
 def read_events(folder: Path) -> list[dict[str, Any]]:

@@ -84,7 +84,7 @@ def runs(draw):
                 run.tell("step", step=run.step)
             elif kind == "rollback":
                 run.go_back(saved)
-                run.tell("rollback", step=saved)
+                run.tell("restore", step=saved)
                 run.spend("restore", draw(seconds))
                 run.tell("step", step=run.step)
             else:

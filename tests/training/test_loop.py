@@ -14,7 +14,7 @@ import pytest
 
 from llama4_jax.app import load_experiment
 from llama4_jax.errors import UserError
-from llama4_jax.training import loop
+from llama4_jax.training import trainer
 from llama4_jax.training.loop import train
 
 FIXTURE = str(Path(__file__).parents[1] / "fixtures/tiny_experiment.py")
@@ -50,9 +50,9 @@ class Watched:
 
 
 def watched_train(workdir, experiment, monkeypatch, before=None, act=None):
-    seen, original = [], loop.train_batches
+    seen, original = [], trainer.train_batches
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "train_batches", lambda *a, **k: Watched(original(*a, **k), seen, before, act))
+        patch.setattr(trainer, "train_batches", lambda *a, **k: Watched(original(*a, **k), seen, before, act))
         return train(experiment, workdir, progress=False), seen
 
 
@@ -87,7 +87,7 @@ def test_a_run_leaves_what_it_promises(straight):
 KILLED = """
 import os, signal, sys, time
 from llama4_jax.app import load_experiment
-from llama4_jax.training import loop
+from llama4_jax.training import loop, trainer
 
 class Deadly:
     def __init__(self, batches):
@@ -102,8 +102,8 @@ class Deadly:
             os.kill(os.getpid(), signal.SIGKILL)
         return next(self.batches)
 
-original = loop.train_batches
-loop.train_batches = lambda *a, **k: Deadly(original(*a, **k))
+original = trainer.train_batches
+trainer.train_batches = lambda *a, **k: Deadly(original(*a, **k))
 loop.train(load_experiment(sys.argv[1], {}), sys.argv[2], progress=False)
 """
 

@@ -49,6 +49,7 @@ def test_steps_are_one_line_for_many_and_carry_the_time_of_the_last(tmp_path, cl
 
 def test_a_day_of_short_steps_is_a_small_file(tmp_path, clock):
     flight = FlightRecorder(tmp_path)
+    flight.record("start")
     for step in range(20_000):
         clock[0] += 86_400 / 20_000
         flight.step(step)
@@ -70,6 +71,7 @@ import os, signal, sys
 from pathlib import Path
 from llama4_jax.training.recorder import FlightRecorder
 flight = FlightRecorder(Path(sys.argv[1]))
+flight.record("start")
 for step in range(1000):
     flight.record("save", step=step)
 os.kill(os.getpid(), signal.SIGKILL)
@@ -79,7 +81,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 def test_kill_loses_no_line(tmp_path):
     dead = subprocess.run([sys.executable, "-c", KILLED, tmp_path], timeout=60)
     assert dead.returncode == -signal.SIGKILL
-    assert [event["step"] for event in read_events(tmp_path)] == list(range(1000))
+    assert [event["step"] for event in read_events(tmp_path)[1:]] == list(range(1000))
 
 
 def test_a_disk_that_refuses_is_told_once_and_stops_nothing(tmp_path, caplog):
@@ -89,6 +91,25 @@ def test_a_disk_that_refuses_is_told_once_and_stops_nothing(tmp_path, caplog):
     flight.step(3)
     flight.close()
     assert len(caplog.records) == 1 and "cannot write" in caplog.text and "training goes on" in caplog.text
+
+
+def test_nothing_is_written_before_the_start(tmp_path):
+    """A finished run that is started again is left alone."""
+    flight = FlightRecorder(tmp_path)
+    flight.record("stop")
+    flight.record_here("fault")
+    flight.close()
+    assert not os.listdir(tmp_path)
+
+
+def test_an_exception_is_recorded_on_its_way(tmp_path):
+    flight = FlightRecorder(tmp_path)
+    flight.record("start", age=100.0)
+    with pytest.raises(ValueError), flight.faults():
+        raise ValueError("two\nlines")
+    start, fault = read_events(tmp_path)
+    assert fault["what"] == "ValueError: two lines"
+    assert 99.5 < fault["monotonic"] - start["monotonic"] < 110 and 99.5 < fault["time"] - start["time"] < 110
 
 
 def test_another_process_writes_only_what_is_its_own(tmp_path, monkeypatch):
