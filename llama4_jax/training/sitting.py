@@ -161,14 +161,14 @@ class Sitting:
             if in_flight is not None:
                 self._settle(in_flight)
             in_flight = _Dispatched(self.step, metrics, self.trainer.batches.epochs, self.trainer.batches.step)
-            if self._is_due(self.step):
+            if self._is_due(self.step) and not self._must_go_back():
                 self._settle(in_flight)
                 in_flight = None
                 self.timer.stop()
                 self._evaluate_and_save()
-            if len(self.skipped) >= self.experiment.anomalies.rollback_after:
+            if self._must_go_back():
                 in_flight = None
-                self._roll_back()
+                self._go_back()
         if in_flight is not None:
             self._settle(in_flight)
         if self.stop.name:
@@ -228,7 +228,10 @@ class Sitting:
         self.run.append_metrics({"step": done.step, "skipped": reason})
         self.progress.say(reason)
 
-    def _roll_back(self) -> None:
+    def _must_go_back(self) -> bool:
+        return len(self.skipped) >= self.experiment.anomalies.rollback_after
+
+    def _go_back(self) -> None:
         """To the newest checkpoint, and on with the batches that come now."""
         skipped, came_to, data = self.skipped, self.step, self.trainer.batches.get_state()
         self.timer.stop()

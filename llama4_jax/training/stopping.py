@@ -35,7 +35,7 @@ class StopRequest:
         self._changed = threading.Condition()
         self._signalled = False  # this process; set by the handler, which may take no lock
         self._begun = _NOTHING
-        self._asking = False
+        self._asking = self._over = False
         self._agreed: tuple[str, int] | None = None  # the signal, and the step to stop before
         self._previous = {}
 
@@ -55,7 +55,7 @@ class StopRequest:
     def reached(self, step: int) -> bool:
         """Whether to stop before this step, the same on all processes; ask once before each."""
         with self._changed:
-            while (self._signalled or self._asking) and self._agreed is None:
+            while (self._signalled or self._asking) and self._agreed is None and not self._over:
                 self._changed.wait()
             if self._agreed is not None and step >= self._agreed[1]:
                 self.name = self._agreed[0]
@@ -81,9 +81,12 @@ class StopRequest:
 
     def _follow(self) -> None:
         """Waits for a request of any process."""
-        name = processes.posted(self._key)
-        if name:
+        if name := processes.posted(self._key):
             self._agree(name)
+        else:  # a process has come to its end, and this one will: too late to stop
+            with self._changed:
+                self._over = True
+                self._changed.notify_all()
 
     def _agree(self, name: str) -> None:
         with self._changed:

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Collection
 from pathlib import Path
 
 import jax
@@ -106,9 +107,10 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
 
 
-def step_limit(seconds: deque[float], config: WatchConfig) -> float:
-    """How long the next step may take, after steps of so many seconds."""
-    return max(config.step_seconds, config.step_factor * statistics.median(seconds) if seconds else 0.0)
+def step_limit(seconds: Collection[float], config: WatchConfig) -> float:
+    """How long the next step may take, after steps of so many seconds; before there are any, as long as a compilation."""
+    usual = config.step_factor * statistics.median(seconds) if seconds else config.compile_seconds
+    return max(config.step_seconds, usual)
 
 
 def _stderr():
