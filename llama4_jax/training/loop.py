@@ -67,7 +67,7 @@ def train(
         contextlib.closing(recorder),
         StopRequest(leave_at if leave else None) as stop,
         Watchdog(experiment.watch, run.folder, recorder) as watchdog,
-        contextlib.closing(RunCheckpoints(run.checkpoints, keep=experiment.checkpoint.keep)) as checkpoints,
+        contextlib.closing(RunCheckpoints(run.checkpoints, experiment.checkpoint)) as checkpoints,
     ):
         opened = time.monotonic()
         newest = checkpoints.newest_step()

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import jax
 from jax.sharding import Mesh
 
-from llama4_jax.checkpoints.run_checkpoints import RunCheckpoints
+from llama4_jax.checkpoints.run_checkpoints import RunCheckpoints, Saved
 from llama4_jax.config import Experiment
 from llama4_jax.data.batch import Batch
 from llama4_jax.data.compression import compression_baselines
@@ -131,7 +131,7 @@ class Sitting:
         try:
             self._take_steps()
             with self._doing("save", self.experiment.watch.checkpoint_seconds):
-                self.checkpoints.wait()
+                self._tell_saved(self.checkpoints.wait())
         finally:
             self.watchdog.expect("the end", self.experiment.watch.checkpoint_seconds)
             self.trace.close()
@@ -192,7 +192,7 @@ class Sitting:
 
     def _settle(self, done: _Dispatched) -> None:
         """Waits for a step, tells if it was left out, and logs it where it is due."""
-        self.checkpoints.check()
+        self._tell_saved(self.checkpoints.check())
         step, verdict = done.step, int(jax.device_get(done.metrics["anomaly"]))
         self.timer.tick()
         self.progress.step()
@@ -235,7 +235,7 @@ class Sitting:
         """To the newest checkpoint, and on with the batches that come now."""
         skipped, came_to, data = self.skipped, self.step, self.trainer.batches.get_state()
         self.timer.stop()
-        self.checkpoints.wait()
+        self._tell_saved(self.checkpoints.wait())
         del self.state  # for its memory
         self.recorder.record("restore")
         self._go_to_newest_checkpoint()
@@ -264,7 +264,7 @@ class Sitting:
         return at_cadence or step == self.experiment.steps or self.trace.at_edge(step + 1)
 
     def _evaluate_and_save(self) -> None:
-        last = self.step == self.experiment.steps
+        last, found = self.step == self.experiment.steps, {}
         if self.step % self.experiment.watch.replicas_every == 0:
             self._compare_replicas()
         for name, config in self.experiment.evaluations.items():
@@ -272,18 +272,28 @@ class Sitting:
                 with self._doing("evaluate", self.experiment.watch.evaluation_seconds):
                     values = self.evaluations[name](self.state.params, self.state.model_state)
                 self._log({"step": self.step, "evaluation": name} | values)
+                found |= {f"{name}.{key}": value for key, value in values.items()}
                 self.progress.say(f"step {self.step}, {name}: " + ", ".join(f"{k} {v:.4f}" for k, v in values.items()))
         # Saved last: a checkpoint promises that every line up to its step is in metrics.jsonl. And none is made amid steps
         # that are left out: a rollback shall go back to before them.
         if last or (self.step % self.experiment.checkpoint.every == 0 and not self.skipped):
-            self._save()
+            self._save(found, may_skip=not last)
 
-    def _save(self) -> None:
+    def _save(self, values: dict[str, float] | None = None, *, may_skip: bool = False) -> None:
         if self.saved_step != self.step:
             self._compare_replicas()
+            position = self.trainer.batches.get_state()
             with self._doing("save", self.experiment.watch.checkpoint_seconds):
-                self.checkpoints.save(self.step, self.state, self.trainer.batches.get_state(), self.trainer.fingerprint)
-            self.saved_step = self.step
+                if self.checkpoints.save(self.step, self.state, position, self.trainer.fingerprint, values, may_skip=may_skip):
+                    self.saved_step = self.step
+
+    def _tell_saved(self, saves: list[Saved]) -> None:
+        for saved in saves:
+            self.recorder.record("saved", checkpoint=saved.step, bytes=saved.bytes, seconds=round(saved.save_seconds, 3))
+            self.progress.say(
+                f"step {saved.step} saved: {saved.bytes / 1e6:,.1f} MB, safe after {saved.save_seconds:.1f} s, "
+                f"training stood still for {saved.blocked_seconds:.2f} s"
+            )
 
     def _compare_replicas(self) -> None:
         if self.replicas.exist and self.compared_step != self.step:

@@ -71,7 +71,7 @@ class Trainer:
 
     def take_up(self, restored: Restored) -> TrainState:
         """Goes to where a checkpoint was made. Raises UserError when it is another experiment's, or its data are others."""
-        require_same_experiment(restored.fingerprint["settings"], self.fingerprint["settings"], self._run.folder)
+        require_same_experiment(restored.fingerprint["settings"], self._run.settings, self._run.folder)
         self.batches.set_state(restored.data)
         return restored.state
 
