@@ -243,8 +243,8 @@ class RunCheckpoints:
     # --------------------------------------------------------------------------------------------------------------------
     # Restoring
 
-    def newest_step(self) -> int | None:
-        """The newest step whose checkpoint is whole, every byte of it, or None when the folder never held one.
+    def newest_step(self, *, below: int | None = None) -> int | None:
+        """The newest step (below that one) whose checkpoint is whole, every byte of it, or None when the folder never held one.
 
         Newer ones that are not are set aside under another name, each with a warning.
 
@@ -253,6 +253,8 @@ class RunCheckpoints:
         """
         self._settle()
         for step in processes.from_first("the list of checkpoints", lambda: sorted(self._steps(), reverse=True)):
+            if below is not None and step >= below:
+                continue
             damage = None if step == self._whole else self._damage(step)
             if damage is None:
                 self._whole = step
@@ -266,8 +268,8 @@ class RunCheckpoints:
             )
         return None
 
-    def restore_newest(self, target: PyTree) -> Restored | None:
-        """The checkpoint of `newest_step`, or None when there never was one.
+    def restore_newest(self, target: PyTree, *, below: int | None = None) -> Restored | None:
+        """The checkpoint of `newest_step(below=below)`, or None when there never was one.
 
         Args:
             target: a tree of ShapeDtypeStructs with shardings; any mesh will do.
@@ -275,7 +277,7 @@ class RunCheckpoints:
         Raises:
             UserError: as `newest_step`; or the checkpoint holds arrays of other names, shapes or dtypes.
         """
-        step = self.newest_step()
+        step = self.newest_step(below=below)
         if step is None:
             return None
         folder = self.folder / str(step)

@@ -1,8 +1,9 @@
 """A training run, from an Experiment and a folder to a trained model; interrupted at any moment, it goes on where it was."""
 
 import contextlib
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from llama4_jax.checkpoints.run_checkpoints import RunCheckpoints
@@ -67,15 +68,30 @@ def train(
         contextlib.closing(recorder),
         StopRequest(leave_at if leave else None) as stop,
         Watchdog(experiment.watch, run.folder, recorder) as watchdog,
-        contextlib.closing(RunCheckpoints(run.checkpoints, experiment.checkpoint)) as checkpoints,
+        _opened(run, experiment) as checkpoints,
     ):
         opened = time.monotonic()
+        watchdog.expect("verifying checkpoints", experiment.watch.checkpoint_seconds)
         newest = checkpoints.newest_step()
         if newest is not None and newest >= experiment.steps:
             return TrainResult("already finished", newest, last_evaluations(run))
         now = time.monotonic()
         recorder.record("start", age=now - begin, processes=processes.count(), devices=mesh.size, steps=experiment.steps)
         recorder.record("restore", age=now - opened)  # it has begun with looking for the newest
+        watchdog.expect("start-up", math.inf)  # preparing data may take a day, and has limits of its own
         show = progress and processes.is_first()
         with use_mesh(mesh), recorder.faults():
             return Sitting(experiment, run, mesh, checkpoints, stop, watchdog, recorder, show).train()
+
+
+@contextlib.contextmanager
+def _opened(run: WorkDirectory, experiment: Experiment) -> Iterator[RunCheckpoints]:
+    """The run's checkpoints. After an exception of one process of several nothing is waited for: the others shall hear of it."""
+    checkpoints = RunCheckpoints(run.checkpoints, experiment.checkpoint)
+    try:
+        yield checkpoints
+    except BaseException:
+        if processes.count() == 1:
+            checkpoints.close()
+        raise
+    checkpoints.close()

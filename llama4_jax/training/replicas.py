@@ -58,6 +58,11 @@ class Replicas:
             more = f"; and {len(odd) - 3} more arrays" if len(odd) > 3 else ""
             raise ReplicasDiffer(f"copies of one array differ between devices {what}: {shown}{more}. Nothing of it was saved")
 
+    def differences(self, one: np.ndarray, two: np.ndarray) -> dict[str, list[str]]:
+        """Arrays whose checksums are not the same in two results of `checksums`, and the devices that hold such shards."""
+        unequal = {path: self._mesh.devices[a != b] for path, a, b in zip(self._paths, one, two, strict=True)}
+        return {path: [self._describe(device) for device in devices] for path, devices in unequal.items() if devices.size}
+
     def _odd_ones(self, sums: np.ndarray) -> Iterator[tuple[str, list[jax.Device]]]:
         """Arrays whose copies differ, and the devices in the minority; all of them where there is none."""
         for path, spec, values in zip(self._paths, self._specs, sums, strict=True):

@@ -17,7 +17,7 @@ from llama4_jax.model.llama4 import Llama4
 from llama4_jax.parallel import processes
 from llama4_jax.parallel.table import sharding_table
 from llama4_jax.processing.processor import Processor
-from llama4_jax.training.anomalies import SOUND, Rollbacks, describe
+from llama4_jax.training.anomalies import SOUND, describe
 from llama4_jax.training.objective import Metrics
 from llama4_jax.training.progress import Progress, StepTimer
 from llama4_jax.training.recorder import FlightRecorder
@@ -96,7 +96,6 @@ class Sitting:
         self.stop, self.watchdog, self.recorder = stop, watchdog, recorder
         self.trainer = Trainer(experiment, run, mesh, show=show)
         self._save_words()
-        self.rollbacks = Rollbacks(run.folder)
         self.replicas = Replicas(mesh, self.trainer.state_shape)
         self._go_to_newest_checkpoint()
         self.progress = Progress(start=self.step, total=experiment.steps, enabled=show)
@@ -122,8 +121,7 @@ class Sitting:
     def _go_to_newest_checkpoint(self) -> None:
         """Or to step 0, where there is none."""
         self.watchdog.expect("restore", self.experiment.watch.checkpoint_seconds)
-        restored = self.checkpoints.restore_newest(self.trainer.state_shape)
-        self.state = self.trainer.create() if restored is None else self.trainer.take_up(restored)
+        self.state = self.trainer.restore(self.checkpoints)
         self.step = self.saved_step = self.compared_step = int(self.state.step)
         self.skipped: list[str] = []  # the last steps, as far as they were left out
 
@@ -148,11 +146,11 @@ class Sitting:
         return TrainResult(status, self.step, evaluations, baselines, self.trainer.model, self.state, self.trainer.corpus)
 
     def _take_steps(self) -> None:
-        batch = self._next_batch()
+        batch = self.trainer.next_batch(self.step)
         train_step = self._compile(batch)
         in_flight = None
         while self.step < self.experiment.steps and not self.stop.reached(self.step + 1):
-            batch = batch or self._next_batch()
+            batch = batch or self.trainer.next_batch(self.step)
             self.trace.before(self.step + 1)
             self.timer.start()
             self.state, metrics = train_step(self.state, batch)
@@ -174,11 +172,6 @@ class Sitting:
         if self.stop.name:
             self._save()
             self.progress.say(f"{self.stop.name}: saved step {self.step} and stopped; run again to go on")
-
-    def _next_batch(self) -> Batch:
-        if elsewhere := self.rollbacks.data_after(self.step):
-            self.trainer.batches.set_state(elsewhere)
-        return self.trainer.next_batch()
 
     def _compile(self, batch: Batch) -> Callable:
         with self._doing("compile", self.experiment.watch.compile_seconds):
@@ -239,7 +232,7 @@ class Sitting:
         del self.state  # for its memory
         self.recorder.record("restore")
         self._go_to_newest_checkpoint()
-        self.rollbacks.add(to=self.step, skipped=skipped, data=data)
+        self.trainer.rollbacks.add(to=self.step, skipped=skipped, data=data)
         self.run.forget_metrics_after(self.step)
         self.tensorboard.close()
         self.tensorboard = TensorBoard(self.run.folder / "tensorboard", first_step=self.step + 1)

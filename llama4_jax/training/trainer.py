@@ -5,7 +5,7 @@ from pathlib import Path
 
 from jax.sharding import Mesh
 
-from llama4_jax.checkpoints.run_checkpoints import Restored
+from llama4_jax.checkpoints.run_checkpoints import RunCheckpoints
 from llama4_jax.config import Experiment
 from llama4_jax.data.batch import Batch
 from llama4_jax.data.pipeline import Corpus, heldout_batches, prepare_corpus, train_batches
@@ -13,6 +13,7 @@ from llama4_jax.evaluation import EVALUATIONS, Evaluate, EvaluationContext
 from llama4_jax.model.llama4 import Llama4
 from llama4_jax.parallel import processes
 from llama4_jax.parallel.rules import places_here, put_batch
+from llama4_jax.training.anomalies import Rollbacks
 from llama4_jax.training.balancing import bias_balancing
 from llama4_jax.training.flops import peak_of, training_flops_per_tile, training_flops_per_token
 from llama4_jax.training.objective import cross_entropy_objective
@@ -26,6 +27,7 @@ from llama4_jax.training.work_directory import WorkDirectory, fixed_settings, re
 class Trainer:
     """Attributes:
     corpus, batches: the data, and the training batches of this process.
+    rollbacks: those of the run.
     state_shape: the state as shapes with shardings.
     fingerprint: what tells this experiment from another, for checkpoints.
     tokens_per_step, flops_per_step: of a global batch, forward and backward.
@@ -42,6 +44,8 @@ class Trainer:
         self.corpus = processes.first_then_others("the corpus", prepare, limit_seconds=86_400)
         self.places = places_here(mesh, experiment.data.batch_size)
         self.batches = train_batches(self.corpus, experiment.data, places=self.places)
+        self._first_place = self.batches.get_state()
+        self.rollbacks = Rollbacks(run.folder)
         self.fingerprint = {"settings": fixed_settings(run.settings), "corpus": self.corpus.fingerprint}
 
         data, model = experiment.data, experiment.model
@@ -63,20 +67,29 @@ class Trainer:
             progress=show,
         )
 
-    def create(self) -> TrainState:
-        """The state before the first step."""
-        experiment = self.experiment
-        state = create_state(self.model, self.optimizer, experiment.optimizer.trainable, self.mesh, experiment.seed)
-        return state if experiment.init_from is None else with_pretrained(state, experiment.model, experiment.init_from)
+    def restore(self, checkpoints: RunCheckpoints, *, below: int | None = None) -> TrainState:
+        """The state of the newest checkpoint (of a step below that one), with the data at its place; where there is none, the
+        state before the first step.
 
-    def take_up(self, restored: Restored) -> TrainState:
-        """Goes to where a checkpoint was made. Raises UserError when it is another experiment's, or its data are others."""
+        Raises UserError when the checkpoint is another experiment's, its data are others, or none can be read that should be.
+        """
+        restored = checkpoints.restore_newest(self.state_shape, below=below)
+        if restored is None:
+            self.batches.set_state(self._first_place)
+            return self._create()
         require_same_experiment(restored.fingerprint["settings"], self._run.settings, self._run.folder)
         self.batches.set_state(restored.data)
         return restored.state
 
-    def next_batch(self) -> Batch:
-        """The next global batch, on the mesh."""
+    def _create(self) -> TrainState:
+        experiment = self.experiment
+        state = create_state(self.model, self.optimizer, experiment.optimizer.trainable, self.mesh, experiment.seed)
+        return state if experiment.init_from is None else with_pretrained(state, experiment.model, experiment.init_from)
+
+    def next_batch(self, step: int) -> Batch:
+        """The global batch of the update after `step` ones, on the mesh; past those that a rollback left out."""
+        if (elsewhere := self.rollbacks.data_after(step)) is not None:
+            self.batches.set_state(elsewhere)
         return put_batch(next(self.batches), self.mesh)
 
     def compile(self, state: TrainState, batch: Batch) -> Callable:

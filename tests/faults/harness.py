@@ -67,7 +67,7 @@ class Fault:
 SLOWLY = Fault("sleep", BATCHES, argument=0.04)  # a step takes long enough for saves to end between two, and for kills to hit
 # What takes seconds at each start and has no part in what is tested: pictures, and the speed of this machine.
 BRIEFLY = (
-    Fault("skip", "llama4_jax.training.loop:write_report"),
+    Fault("skip", "llama4_jax.training.sitting:write_report"),
     Fault("skip", "llama4_jax.training.flops:_measured_matmul_flops", argument=1e9),
 )
 
