@@ -105,13 +105,17 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def require_whole(
-    folder: Path, step: int, *, share: tuple[int, int] = (0, 1), advance: Callable[[int], object] = lambda size: None
+    folder: Path,
+    *,
+    step: int | None = None,
+    share: tuple[int, int] = (0, 1),
+    advance: Callable[[int], object] = lambda size: None,
 ) -> None:
     """Returns when every byte of a checkpoint is what was written. (Files that somebody added do not matter: none is read.)
 
     Args:
         folder: of the checkpoint.
-        step: that it must be of.
+        step: that it must be of; None: any.
         share: (i, n): read the i-th of n parts of the files alone, of about equal size; n processes verify it all.
         advance: hears how many bytes more have been read.
 
@@ -119,7 +123,7 @@ def require_whole(
         Damaged: they are not.
     """
     manifest = read_manifest(folder)
-    if manifest.step != step:
+    if step not in (None, manifest.step):
         raise Damaged(f"{MANIFEST} is of step {manifest.step}")
     index, count = share
     by_size = sorted(manifest.files, key=lambda name: (-manifest.files[name][0], name))

@@ -301,7 +301,7 @@ class RunCheckpoints:
         def verify() -> str | None:
             with bar:
                 try:
-                    manifest.require_whole(folder, step, share=share, advance=bar.update)
+                    manifest.require_whole(folder, step=step, share=share, advance=bar.update)
                 except Damaged as damage:
                     return str(damage)
 

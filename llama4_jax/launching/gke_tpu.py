@@ -5,44 +5,21 @@ MEGASCALE_*): "Deploy TPU Multislices in GKE".
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 from llama4_jax.errors import UserError
 from llama4_jax.launching import jobset
-from llama4_jax.launching.accelerators import Slice, read_slice
-from llama4_jax.launching.job import Submission, require_at_least
+from llama4_jax.launching.job import OnSlices, Submission
 
 _GROUP = "slice"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GkeTpuJob(jobset.KubernetesJob):
-    """Attributes:
-    topology: of each slice, such as v5p:4x4x8.
-    slices: joined by the data-centre network.
-    """
-
-    topology: str
-    slices: int = 1
-
+class GkeTpuJob(OnSlices, jobset.KubernetesJob):
     def __post_init__(self):
         super().__post_init__()
-        require_at_least(1, self, "slices")
         if self.slices > 1 and self.slice.hosts == 1:
             raise UserError(f"--slices={self.slices}: GKE joins slices of several machines; {self.topology} has one")
-
-    @functools.cached_property
-    def slice(self) -> Slice:
-        return read_slice(self.topology)
-
-    @property
-    def slice_count(self) -> int:
-        return self.slices
-
-    @property
-    def devices(self) -> int:
-        return self.slices * self.slice.devices
 
 
 def manifest(job: GkeTpuJob) -> dict[str, Any]:

@@ -1,11 +1,13 @@
 """What all targets have in common: the program that every process runs, and what is handed to a cluster."""
 
 import dataclasses
+import functools
 import re
 import shlex
 from pathlib import PurePosixPath
 
 from llama4_jax.errors import UserError
+from llama4_jax.launching.accelerators import Slice, read_slice
 
 STORAGE = "/storage"  # where containers see the shared file system
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")
@@ -39,6 +41,35 @@ class Job:
     def slice_count(self) -> int:
         """Groups of devices that only the slow network joins."""
         return 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OnSlices(Job):
+    """A job on TPU slices.
+
+    Attributes:
+        topology: of each slice, such as v5p:4x4x8.
+        slices: joined by the data-centre network.
+    """
+
+    topology: str
+    slices: int = 1
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_at_least(1, self, "slices")
+
+    @functools.cached_property
+    def slice(self) -> Slice:
+        return read_slice(self.topology)
+
+    @property
+    def slice_count(self) -> int:
+        return self.slices
+
+    @property
+    def devices(self) -> int:
+        return self.slices * self.slice.devices
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -4,33 +4,28 @@ The machines know from their metadata server who they are, also of several slice
 """
 
 import dataclasses
-import functools
 import shlex
 
 from llama4_jax import exit_codes
 from llama4_jax.errors import UserError
-from llama4_jax.launching.accelerators import TPUS, Slice, default_shape, read_slice
-from llama4_jax.launching.job import STORAGE, ContainerJob, Submission, require_at_least
+from llama4_jax.launching.accelerators import TPUS, default_shape
+from llama4_jax.launching.job import STORAGE, ContainerJob, OnSlices, Submission
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TpuVmJob(ContainerJob):
+class TpuVmJob(OnSlices, ContainerJob):
     """Attributes:
     zone, project: of Google Cloud; an empty project is gcloud's own setting.
-    topology, slices: as for GKE.
     spot: cheaper machines that may be taken back.
     storage: an NFS export, SERVER:/PATH.
     """
 
     zone: str
     project: str = ""
-    topology: str
-    slices: int = 1
     spot: bool = False
 
     def __post_init__(self):
         super().__post_init__()
-        require_at_least(1, self, "slices")
         vm_types = [name for name, tpu in TPUS.items() if tpu.vm_name]
         if self.slice.type_name not in vm_types:
             raise UserError(f"--topology={self.topology}: queued resources have {', '.join(vm_types)}; take --target=gke-tpu")
@@ -40,18 +35,6 @@ class TpuVmJob(ContainerJob):
             raise UserError(f"--topology={self.topology}: queued resources have {self.slice.chips} chips as {shape} alone")
         if ":/" not in self.storage:
             raise UserError(f"--storage={self.storage}: write an NFS export that the machines reach, as SERVER:/PATH")
-
-    @functools.cached_property
-    def slice(self) -> Slice:
-        return read_slice(self.topology)
-
-    @property
-    def slice_count(self) -> int:
-        return self.slices
-
-    @property
-    def devices(self) -> int:
-        return self.slices * self.slice.devices
 
 
 def startup_script(job: TpuVmJob) -> str:

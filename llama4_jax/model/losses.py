@@ -1,15 +1,11 @@
 """Log-probabilities of given tokens, without ever holding [B, T, V]."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from llama4_jax.parallel.dense_parallel import ROWS, gathered, gathering_mesh
+from llama4_jax.parallel.dense_parallel import gathering_mesh, on_rows
 from llama4_jax.parallel.mesh import current_mesh
-from llama4_jax.parallel.rules import partition
 
 HEAD_AXES = "embed", "vocab"
 
@@ -22,19 +18,15 @@ def target_log_probs(
     The backward pass computes each block's logits again, so at most one block of them exists at any time. On a mesh every
     device goes through its own positions.
     """
-    mesh = gathering_mesh(*hidden.shape[:2])
-    if mesh is None or mesh.shape["tensor"] > 1:
-        mesh = current_mesh()
-        shards = mesh.shape["context"] if mesh and hidden.shape[1] % mesh.shape["context"] == 0 else 1
-        return _in_blocks(hidden, head, targets, block_size, shards)
-    spec = partition("lm_head", head.shape, P(*HEAD_AXES), mesh)
+    if mesh := gathering_mesh(*hidden.shape[:2], with_tensor=False):
 
-    @partial(jax.shard_map, mesh=mesh, in_specs=(ROWS, spec, ROWS), out_specs=ROWS, check_vma=False)
-    @jax.checkpoint
-    def on_shard(hidden, head, targets):
-        return _in_blocks(hidden, gathered(head, spec), targets, block_size, shards=1)
+        def on_device(head, hidden, targets):
+            return _in_blocks(hidden, head, targets, block_size, shards=1)
 
-    return on_shard(hidden, head, targets)
+        return on_rows(on_device, mesh, head, HEAD_AXES, hidden, targets)
+    mesh = current_mesh()
+    shards = mesh.shape["context"] if mesh and hidden.shape[1] % mesh.shape["context"] == 0 else 1
+    return _in_blocks(hidden, head, targets, block_size, shards)
 
 
 def _in_blocks(hidden, head, targets, block_size, shards):

@@ -18,13 +18,16 @@ from llama4_jax.parallel.rules import BATCH_AXES, partition, splits_batch
 ROWS = P(BATCH_AXES, "context")
 
 
-def gathering_mesh(rows: int, positions: int) -> AbstractMesh | None:
-    """The mesh of `use_mesh`, where a product of activations [rows, positions, ...] should gather its weight; else None.
+def gathering_mesh(rows: int, positions: int, *, with_tensor: bool = True) -> AbstractMesh | None:
+    """The mesh of `use_mesh`, where activations [rows, positions, ...] should gather the weight that they meet; else None.
 
-    One token of a row is not worth a weight's journey: how a decoding step meets its weights is left to the compiler.
+    One token of a row is not worth a weight's journey: how a decoding step meets its weights is left to the compiler. So is
+    a weight that `tensor` splits too, for operations that do not know how to put their parts together (`with_tensor`).
     """
     mesh = current_mesh()
     if mesh is None or positions == 1 or not splits_batch(mesh, rows, positions):
+        return None
+    if mesh.shape["tensor"] > 1 and not with_tensor:
         return None
     return mesh if mesh.shape["fsdp"] * mesh.shape["expert"] > 1 else None
 
@@ -41,6 +44,23 @@ def gathered(weight: Array, spec: P) -> Array:
 def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
     """The mesh axes of one dimension; PartitionSpec writes one of them without a tuple."""
     return (entry,) if isinstance(entry, str) else entry or ()
+
+
+def on_rows(
+    function: Callable[..., Array], mesh: AbstractMesh, weight: Array, axes: Sequence[str | None], *rows: Array
+) -> Array:
+    """`function(weight, *rows)`, each device with the whole weight and its own part of the arrays [B, T, ...].
+
+    For a weight that `tensor` does not split: see `gathering_mesh`.
+    """
+    spec = partition("weight", weight.shape, P(*axes), mesh)
+
+    def on_shard(weight, *rows):
+        return function(gathered(weight, spec), *rows)
+
+    in_specs = (spec, *[ROWS] * len(rows))
+    mapped = jax.shard_map(jax.checkpoint(on_shard), mesh=mesh, in_specs=in_specs, out_specs=ROWS, check_vma=False)
+    return mapped(weight, *rows)
 
 
 def product_with_gathered(

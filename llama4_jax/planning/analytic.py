@@ -19,13 +19,12 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, AxisType
 
-from llama4_jax.config import Experiment, MeshConfig, ModelConfig
-from llama4_jax.errors import UserError
+from llama4_jax.config import Experiment, ModelConfig
 from llama4_jax.model.cache import Cache
 from llama4_jax.model.llama4 import Llama4, abstract_params, logical_axes
 from llama4_jax.parallel.expert_parallel import SPARE, choose_exchange, exchange_bytes
 from llama4_jax.parallel.fit import check_fit
-from llama4_jax.parallel.mesh import AXES
+from llama4_jax.parallel.mesh import AXES, axis_sizes
 from llama4_jax.parallel.rules import BATCH_AXES, partition
 from llama4_jax.planning.chips import Topology
 from llama4_jax.planning.measure import Measurement
@@ -36,20 +35,9 @@ from llama4_jax.planning.roofline import Exchange, roofline
 from llama4_jax.planning.work import Collective
 
 
-def mesh_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
-    """The axes' sizes, -1 resolved. Raises UserError where they do not multiply to `devices`."""
-    sizes = {axis: getattr(config, axis) for axis in AXES}
-    fixed = math.prod(size for size in sizes.values() if size != -1)
-    free = [axis for axis, size in sizes.items() if size == -1]
-    if devices % fixed or (not free and fixed != devices):
-        written = " x ".join(f"{axis}={size}" for axis, size in sizes.items() if size != 1) or "data=1"
-        raise UserError(f"mesh {written} does not fit {devices} device(s)")
-    return sizes | {axis: devices // fixed for axis in free}
-
-
 def estimate(experiment: Experiment, topology: Topology, program: str = "train") -> Measurement:
     """Raises UserError when the mesh does not fit the topology or does not divide the model."""
-    sizes = mesh_sizes(experiment.mesh, topology.devices)
+    sizes = axis_sizes(experiment.mesh, topology.devices)
     mesh = AbstractMesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
     if program == "train":
         check_fit(mesh, experiment.model, experiment.execution, experiment.data)

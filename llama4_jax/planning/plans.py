@@ -10,7 +10,8 @@ from tqdm import tqdm
 from llama4_jax import app
 from llama4_jax.config import Experiment
 from llama4_jax.errors import UserError
-from llama4_jax.planning.analytic import estimate, mesh_sizes
+from llama4_jax.parallel.mesh import axis_sizes
+from llama4_jax.planning.analytic import estimate
 from llama4_jax.planning.chips import Topology, parse_topology
 from llama4_jax.planning.compiler import Bounds, Job, Tick, compile_program
 from llama4_jax.planning.measure import Measurement
@@ -27,19 +28,17 @@ def make(job: Job, *, estimated: bool = False, total_tokens: float = TOKENS, bou
     topology, experiment = parse_topology(job.topology, job.slices), app.load_experiment(job.config, job.settings)
     if estimated or not topology.chip.is_tpu:
         return _estimated(job, experiment, topology, total_tokens)
-    mesh_sizes(experiment.mesh, topology.devices)  # a mesh that does not fit is said before seconds of start-up
+    axis_sizes(experiment.mesh, topology.devices)  # a mesh that does not fit is said before seconds of start-up
     with _progress(f"compiling for {topology}") as tick:
         outcome = compile_program(job, bounds or Bounds(), tick)
     if outcome.needed_bytes is not None:
         return _estimated(job, experiment, topology, total_tokens, needed=outcome.needed_bytes)
     if outcome.error is not None:
         raise UserError(f"{topology}: {outcome.error}")
-    return make_plan(
-        job.config,
+    return _plan(
+        job,
         experiment,
-        job.program,
         topology,
-        mesh_sizes(experiment.mesh, topology.devices),
         Measurement.from_json(outcome.measurement),
         method=f"compiled by {outcome.versions}",
         total_tokens=total_tokens,
@@ -78,17 +77,14 @@ def search(job: Job, compiled: int, *, say: Callable[[str], None], **options) ->
 
 
 def _estimated(job: Job, experiment: Experiment, topology: Topology, total_tokens: float, needed: float | None = None) -> Plan:
-    return make_plan(
-        job.config,
-        experiment,
-        job.program,
-        topology,
-        mesh_sizes(experiment.mesh, topology.devices),
-        estimate(experiment, topology, job.program),
-        method="ESTIMATED from shapes, not compiled",
-        total_tokens=total_tokens,
-        needed_bytes=needed,
-    )
+    measurement = estimate(experiment, topology, job.program)
+    method = "ESTIMATED from shapes, not compiled"
+    return _plan(job, experiment, topology, measurement, method=method, total_tokens=total_tokens, needed_bytes=needed)
+
+
+def _plan(job: Job, experiment: Experiment, topology: Topology, measurement: Measurement, **found) -> Plan:
+    mesh = axis_sizes(experiment.mesh, topology.devices)
+    return make_plan(job.config, experiment, job.program, topology, mesh, measurement, **found)
 
 
 @contextlib.contextmanager
