@@ -9,7 +9,8 @@ training steps, in this order, so that a folder whose name is a number is whole 
     12              it counts; only now others are deleted: 4 becomes 4.deleted, then nothing
 
 Before a checkpoint is believed, every byte is compared with its manifest. One that is not what was written becomes
-12.damaged-1, is told, and the newest whole one before it is taken.
+12.damaged-1, is told, and the newest whole one before it is taken. The file `checkpoints.newest` beside the folder says which
+step was saved last, so that a folder that is suddenly empty, such as a disk that is not mounted, is no new run.
 """
 
 import contextlib
@@ -29,7 +30,7 @@ from tqdm import tqdm
 from llama4_jax.checkpoints import manifest
 from llama4_jax.checkpoints.keep import require_known_value, superfluous
 from llama4_jax.checkpoints.manifest import Damaged, Manifest
-from llama4_jax.checkpoints.partial_folder import sync_folder
+from llama4_jax.checkpoints.partial_folder import sync_folder, write_durably
 from llama4_jax.config import CheckpointConfig
 from llama4_jax.errors import UserError
 from llama4_jax.parallel import processes
@@ -83,6 +84,7 @@ class RunCheckpoints:
     def __init__(self, folder: Path, config: CheckpointConfig):
         """Opens the folder and clears what an interrupted save or deletion left. Raises UserError when it cannot be written."""
         self.folder, self._config = Path(folder).absolute(), config
+        self._last = self.folder.with_name(f"{self.folder.name}.newest")
         processes.from_first("the folder of checkpoints", self._clear)
         self._writing: _Writing | None = None
         self._saved: list[Saved] = []  # not asked for yet
@@ -220,6 +222,7 @@ class RunCheckpoints:
                 manifest.write_manifest(folder, whole)
                 folder.rename(self.folder / str(step))
                 sync_folder(self.folder)
+                write_durably(self._last, f"{step}\n".encode())
                 self._delete_superfluous()
             except OSError as error:
                 raise UserError(error.strerror or str(error)) from error
@@ -252,7 +255,10 @@ class RunCheckpoints:
             UserError: the folder held checkpoints, but none is whole.
         """
         self._settle()
-        for step in processes.from_first("the list of checkpoints", lambda: sorted(self._steps(), reverse=True)):
+        steps, last, aside = processes.from_first("the list of checkpoints", self._look)
+        if last is not None and last not in steps and last not in aside and steps and processes.is_first():
+            logger.warning("the checkpoint of step %d, which was saved last, is gone from %s", last, self.folder)
+        for step in steps:
             if below is not None and step >= below:
                 continue
             damage = None if step == self._whole else self._damage(step)
@@ -260,12 +266,8 @@ class RunCheckpoints:
                 self._whole = step
                 return step
             processes.from_first("a damaged checkpoint", lambda step=step, damage=damage: self._set_aside(step, damage))
-        aside = processes.from_first("what was set aside", self._names_aside)
-        if aside:
-            raise UserError(
-                f"no checkpoint in {self.folder} can be read (set aside: {', '.join(aside)}); "
-                f"repair one, or delete the folder to start from step 0"
-            )
+        if below is None and (steps or aside or last is not None):
+            processes.from_first("that no checkpoint is whole", self._refuse_to_begin)
         return None
 
     def restore_newest(self, target: PyTree, *, below: int | None = None) -> Restored | None:
@@ -310,8 +312,31 @@ class RunCheckpoints:
             f"whether checkpoint {step} is whole", lambda: next(filter(None, found), None), limit_seconds=_LIMIT_SECONDS
         )
 
+    def _look(self) -> tuple[list[int], int | None, list[int]]:
+        """The steps that there are, newest first; the one that was saved last; those that were set aside."""
+        try:
+            last = int(self._last.read_text())
+        except (FileNotFoundError, ValueError):
+            last = None
+        aside = [int(path.name.partition(".")[0]) for path in self._aside()]
+        return sorted(self._steps(), reverse=True), last, aside
+
+    def _refuse_to_begin(self) -> None:
+        aside = ", ".join(path.name for path in self._aside())
+        what = (
+            f"no checkpoint in {self.folder} can be read (set aside: {aside})"
+            if aside
+            else f"no checkpoint is in {self.folder}"
+        )
+        raise UserError(
+            f"{what}, but one was saved; bring one back, or delete {self._last} and what was set aside to start anew"
+        )
+
     def _steps(self) -> list[int]:
         return [int(path.name) for path in self.folder.iterdir() if path.is_dir() and re.fullmatch(r"\d+", path.name)]
+
+    def _aside(self) -> list[Path]:
+        return sorted(path for path in self.folder.iterdir() if _SET_ASIDE.fullmatch(path.name))
 
     def _set_aside(self, step: int, damage: str) -> None:
         source = self.folder / str(step)
@@ -321,9 +346,6 @@ class RunCheckpoints:
         except OSError as error:
             raise UserError(f"checkpoint {source} is damaged ({damage}) and cannot be renamed: {error.strerror}") from error
         logger.warning("checkpoint %s is damaged and was renamed to %s: %s", source, target.name, damage)
-
-    def _names_aside(self) -> list[str]:
-        return sorted(path.name for path in self.folder.iterdir() if _SET_ASIDE.fullmatch(path.name))
 
 
 class _Writing(threading.Thread):

@@ -174,6 +174,22 @@ def test_nothing_whole_is_an_error_now_and_at_the_next_start(tmp_path):
             opened(tmp_path).newest_step()
 
 
+def test_a_folder_that_is_suddenly_empty_is_no_new_run(tmp_path, caplog):
+    """A disk that is not mounted, or a careless cleaner."""
+    folder = folder_with(tmp_path / "checkpoints", [1, 2])
+    shutil.rmtree(folder / "2")
+    with caplog.at_level(logging.WARNING):
+        assert opened(folder).newest_step() == 1
+    assert "the checkpoint of step 2, which was saved last, is gone from" in caplog.text
+    shutil.rmtree(folder)
+    with pytest.raises(
+        UserError, match=r"no checkpoint is in .*checkpoints, but one was saved; bring one back, or delete .*newest"
+    ):
+        opened(folder).newest_step()
+    (tmp_path / "checkpoints.newest").unlink()
+    assert opened(folder).newest_step() is None
+
+
 def test_a_checkpoint_that_cannot_be_set_aside_is_told(tmp_path, monkeypatch):
     folder_with(tmp_path, [1, 2])
     flip(files(tmp_path / "2/state")[0], 0)

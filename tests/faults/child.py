@@ -4,6 +4,7 @@ import functools
 import importlib
 import json
 import os
+import resource
 import signal
 import sys
 import time
@@ -11,6 +12,11 @@ import time
 
 def fail_full(*_):
     raise OSError(28, "No space left on device")
+
+
+def bound_files(size):
+    """No file may become larger, as on a disk that is full: for what Orbax writes by itself."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
 def fail(*_):
@@ -24,6 +30,7 @@ ACTIONS = {
     "sleep": time.sleep,
     "raise": fail,
     "full": fail_full,
+    "bound": bound_files,
 }
 
 

@@ -50,7 +50,8 @@ class Fault:
     """What happens to a process at a call of one of its functions.
 
     Attributes:
-        action: kill, freeze, sleep, raise, full (a full disk's error), or skip: the function is not called, `argument` is its answer.
+        action: kill, freeze, sleep, raise, full (a full disk's error), bound (files grow no larger than `argument` bytes from
+            here on), or skip: the function is not called, `argument` is its answer.
         target: module:name of the function, or module:class.name.
         call: the how manieth call of it, from 1; None: each.
         after: when the function has returned, instead of before it is called.
@@ -237,8 +238,7 @@ class Run:
 
     def whole_steps(self) -> list[int]:
         """The steps whose checkpoints count."""
-        names = [path.name for path in self.checkpoints.iterdir()] if self.checkpoints.exists() else []
-        return sorted(int(name) for name in names if name.isdigit())
+        return sorted(int(path.parent.name) for path in self.checkpoints.glob("*/manifest.json") if path.parent.name.isdigit())
 
     @staticmethod
     def went_on(job: Job) -> tuple[int, int] | None:
