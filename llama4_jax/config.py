@@ -232,7 +232,7 @@ class ExecutionConfig:
     attention: str = "auto"  # an implementation in pallas_kernels/attention
     routing: str = "auto"  # an implementation in pallas_kernels/routing, on one device
     expert_ffn: str = "auto"  # an implementation in pallas_kernels/expert_ffn
-    expert_exchange: Literal["auto", "all_to_all", "all_gather"] = "auto"  # how tokens reach experts; see parallel/README.md
+    expert_exchange: Literal["auto", "all_to_all", "all_gather", "gather_weights"] = "auto"  # see parallel/README.md
     context_exchange: Literal["auto", "ring", "all_gather"] = "auto"  # how queries meet keys of other shards of a row
     context_layout: Literal["contiguous", "zigzag"] = "contiguous"  # zigzag gives every shard as much of the triangle
     loss_block_size: int = 512  # positions of each row whose logits exist at one time during training

@@ -24,6 +24,7 @@ _SLICES = flags.DEFINE_integer("slices", 1, "slices of that topology, joined by 
 _PROGRAM = flags.DEFINE_enum(
     "program", "train", ["train", "prefill", "decode"], "what runs: an update, a piece of prompts, a token"
 )
+_HBM = flags.DEFINE_float("hbm_gb", None, "1e9 bytes of a device's memory that the program may use; all by default")
 _ESTIMATE = flags.DEFINE_bool("estimate", False, "from shapes alone, in a second, without a compiler")
 _SEARCH = flags.DEFINE_integer(
     "search", None, "rank all meshes and remat policies by the estimate, and compile that many of the best"
@@ -90,7 +91,8 @@ def _job(overrides: dict[str, str]):
 
     if _CONFIG.value is None or _TOPOLOGY.value is None:
         raise UserError("--config=FILE and --topology=CHIP:SIZES are both needed")
-    return Job(_CONFIG.value, _TOPOLOGY.value, _SLICES.value, _PROGRAM.value, overrides)
+    hbm_bytes = None if _HBM.value is None else 1e9 * _HBM.value
+    return Job(_CONFIG.value, _TOPOLOGY.value, _SLICES.value, _PROGRAM.value, hbm_bytes, overrides)
 
 
 def _write(text: str, fields, figure) -> None:

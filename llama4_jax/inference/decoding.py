@@ -1,7 +1,8 @@
 """The two compiled programs of text generation: reading a piece of the prompts, and drawing some tokens.
 
 Prompts of different lengths end together: shorter ones are padded on the left. All shapes come from a few sizes (`bucket`), so that
-a program is compiled once for a size and not for each prompt.
+a program is compiled once for a size and not for each prompt. Prompts that lie over `context` are read at once, begin together, and are
+as long as the cache (parallel/cache_parallel.py).
 """
 
 from functools import partial
@@ -17,6 +18,8 @@ from llama4_jax.inference.sampling import Sampling
 from llama4_jax.model.cache import Cache
 from llama4_jax.model.llama4 import Llama4
 from llama4_jax.model.vision import Pixels
+from llama4_jax.parallel.cache_parallel import cache_shardings
+from llama4_jax.parallel.mesh import current_mesh
 
 NOTHING = -1  # in place of a token, after the last one of a row
 _SMALLEST = 16
@@ -46,20 +49,25 @@ def bucket(size: int, smallest: int = _SMALLEST) -> int:
     return max(smallest, 1 << (size - 1).bit_length())
 
 
-def left_padded(prompts: list[list[int]], length: int | None = None) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B T"]]:
-    """Prompts as tokens and segment ids (0 is padding), ending together at `length`, or that of the longest."""
-    if not prompts or not all(prompts):
+def padded(
+    prompts: list[list[int]], length: int, *, on_the_left: bool
+) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B T"]]:
+    """Prompts as tokens and segment ids (0 is padding), which end together, or else begin together."""
+    if not all(prompts):
         raise UserError("every prompt needs at least one token")
-    length = length or max(map(len, prompts))
-    tokens = np.array([[0] * (length - len(p)) + p for p in prompts], np.int32)
-    valid = np.array([[0] * (length - len(p)) + [1] * len(p) for p in prompts], np.int32)
-    return tokens, valid
+    tokens, segment_ids = np.zeros((2, len(prompts), length), np.int32)
+    for i, prompt in enumerate(prompts):
+        place = slice(length - len(prompt), length) if on_the_left else slice(0, len(prompt))
+        tokens[i, place], segment_ids[i, place] = prompt, 1
+    return tokens, segment_ids
 
 
 @partial(jax.jit, static_argnames=("model", "batch_size", "capacity"))
 def empty_cache(model: Llama4, batch_size: int, capacity: int) -> Cache:
     """Compiled, so that on a mesh no device ever holds all of it."""
-    return Cache.create(model.config, batch_size, capacity, model.execution.compute_dtype)
+    cache = Cache.create(model.config, batch_size, capacity, model.execution.compute_dtype)
+    mesh = current_mesh()
+    return cache if mesh is None else jax.lax.with_sharding_constraint(cache, cache_shardings(cache, model.config, mesh))
 
 
 @partial(jax.jit, static_argnames="model", donate_argnames="cache")
@@ -71,7 +79,7 @@ def prefill(
     segment_ids: Int[Array, "B T"],
     images: Pixels | None = None,
 ) -> tuple[Float[Array, "B V"], Cache]:
-    """Logits after the last place, and the cache with a piece of left-padded prompts in it."""
+    """Logits after the last token of each row, and the cache with a piece of the prompts in it."""
     output = model.apply(variables, tokens, segment_ids=segment_ids, images=images, cache=cache, last_logits_only=True)
     return output.logits[:, 0], output.cache
 

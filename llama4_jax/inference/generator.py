@@ -129,19 +129,29 @@ class Generator:
             raise UserError(
                 f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} exceed the model's {context} positions"
             )
+        if not prompts:
+            raise UserError("there are no prompts")
         images = self._images(prompts)
-        piece = decoding.bucket(longest)
-        if images is None:  # patches are counted from the row's start, so a row with pictures is read whole
-            piece = min(piece, PREFILL_PIECE)
-        length = -(-longest // piece) * piece
-        tokens, valid = decoding.left_padded([prompt.tokens for prompt in prompts], length)
-        capacity = decoding.bucket(longest + max_new_tokens)
+        if whole_rows := self._length_over_context(longest + max_new_tokens):
+            piece = length = capacity = whole_rows
+        else:
+            piece, capacity = decoding.bucket(longest), decoding.bucket(longest + max_new_tokens)
+            if images is None:  # patches are counted from the row's start, so a row with pictures is read whole
+                piece = min(piece, PREFILL_PIECE)
+            length = -(-longest // piece) * piece
+        tokens, valid = decoding.padded([prompt.tokens for prompt in prompts], length, on_the_left=not whole_rows)
         cache = decoding.empty_cache(self.model, len(prompts), capacity)
         for start in range(0, length, piece):
             here = slice(start, start + piece)
             logits, cache = decoding.prefill(self.model, self._variables, cache, tokens[:, here], valid[:, here], images)
         keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), jnp.arange(len(prompts)))
         return decoding.State(cache, logits, keys, jnp.int32(0), jnp.zeros(len(prompts), bool))
+
+    def _length_over_context(self, needed: int) -> int | None:
+        """Of rows that lie over `context`: whole chunks on each of its shards. None without it."""
+        shards = 1 if self._mesh is None else self._mesh.shape["context"]
+        unit = shards * (self.model.config.attention_chunk_size or decoding.bucket(1))
+        return -(-needed // unit) * unit if shards > 1 else None
 
     def _images(self, prompts: list[Prompt]) -> np.ndarray | None:
         """The prompts' tiles as [B, I, h, w, 3], in slots of a number that is a power of two."""

@@ -1,7 +1,6 @@
 """Grouped-query attention of one layer: rotary and chunked, or NoPE and full with a temperature on the queries."""
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -13,6 +12,7 @@ from llama4_jax.model.norms import rms_normalize
 from llama4_jax.model.rotary import rotate
 from llama4_jax.model.transfer import initial_stddev
 from llama4_jax.parallel import context_parallel
+from llama4_jax.parallel.cache_parallel import decode, store
 from pallas_kernels.attention import attention
 
 
@@ -57,27 +57,30 @@ class Attention(nn.Module):
                 q = (q.astype(jnp.float32) * context.temperature).astype(q.dtype)
         q = nn.with_logical_constraint(q, ("batch", "seq", "act_heads", None))
         if cache is None:
-            out = context_parallel.attention(q, k, v, kind.fresh, kind.spans, local=self._attend, execution=self.execution)
+            out = self._attend_fresh(q, k, v, context, kind)
         else:
             out, cache = self._attend_cached(q, k, v, context, kind, cache)
         return self.output(out), cache
+
+    def _attend_fresh(self, q, k, v, context: Context, kind: KindContext):
+        options = {"zigzag": context.zigzag, "local": self._attend, "execution": self.execution}
+        return context_parallel.attention(q, k, v, kind.fresh, kind.spans, **options)
 
     def _attend(self, q, k, v, mask):
         return attention(q, k, v, mask, implementation=self.execution.attention)
 
     def _attend_cached(self, q, k, v, context: Context, kind: KindContext, cache: LayerCache):
         """One token reads the slots after it was written. Several may overwrite slots that the first of them still
-        needs, so they read the slots as they were, if any were filled, and each other."""
-        written = cache.write(k, v, kind.places)
+        needs, so they read the slots as they were, unless they were empty, and each other."""
+        where = kind.places, cache.index, kind.written, kind.last_chunk
+        written = cache.replace(keys=store(cache.keys, k, *where), values=store(cache.values, v, *where))
         if q.shape[1] == 1:
             slots = written.keys, written.values, kind.written, written.index
-            return context_parallel.decode(q, *slots, execution=self.execution), written
-
-        def joined():
-            keys, values = (jnp.concatenate(pair, axis=1) for pair in zip(_as(q, cache.read()), (k, v), strict=True))
-            return self._attend(q, keys, values, kind.joined)
-
-        return jax.lax.cond(context.cache_is_empty, lambda: self._attend(q, k, v, kind.fresh), joined), written
+            return decode(q, *slots, implementation=self.execution.attention), written
+        if context.cache_is_empty:
+            return self._attend_fresh(q, k, v, context, kind), written
+        keys, values = (jnp.concatenate(pair, axis=1) for pair in zip(_as(q, cache.read()), (k, v), strict=True))
+        return self._attend(q, keys, values, kind.joined), written
 
 
 def _as(like, arrays):

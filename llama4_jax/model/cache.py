@@ -35,6 +35,17 @@ class Slots:
         rows = jnp.arange(positions.shape[0])[:, None]
         return Slots(self.positions.at[rows, places].set(positions, mode="drop"))
 
+    def filled(self, lengths: Int[Array, " B"]) -> "Slots":
+        """As `write` leaves empty slots after the positions 0 to lengths - 1, of which the last S-aligned window is kept."""
+        S = self.positions.shape[1]
+        held = last_window(lengths, S)[:, None] + jnp.arange(S, dtype=jnp.int32)
+        return Slots(jnp.where(held < lengths[:, None], held, EMPTY))
+
+
+def last_window(lengths: Int[Array, " B"], size: int) -> Int[Array, " B"]:
+    """The multiple of `size` at which the window with the last of so many positions begins."""
+    return jnp.maximum(lengths - 1, 0) // size * size
+
 
 @struct.dataclass
 class Cache:
@@ -45,6 +56,7 @@ class Cache:
         local: slots of the layers with RoPE.
         full: slots of the NoPE layers.
         lengths: tokens read so far, by row.
+        is_empty: nothing was read yet. Known while the program is traced: the first piece of a prompt has a program of its own.
     """
 
     keys: tuple[Float[Array, "Lb B _ K H"], ...]
@@ -52,6 +64,7 @@ class Cache:
     local: Slots
     full: Slots
     lengths: Int[Array, " B"]
+    is_empty: bool = struct.field(pytree_node=False, default=False)
 
     @classmethod
     def create(cls, config: ModelConfig, batch_size: int, max_length: int, dtype=jnp.float32) -> "Cache":
@@ -67,11 +80,8 @@ class Cache:
             local=Slots(jnp.full((batch_size, local), EMPTY, jnp.int32)),
             full=Slots(jnp.full((batch_size, max_length), EMPTY, jnp.int32)),
             lengths=jnp.zeros(batch_size, jnp.int32),
+            is_empty=True,
         )
-
-    @property
-    def is_empty(self) -> Bool[Array, ""]:
-        return jnp.all(self.lengths == 0)
 
 
 @struct.dataclass
@@ -85,9 +95,3 @@ class LayerCache:
     def read(self) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
         keys, values = (jax.lax.dynamic_index_in_dim(x, self.index, keepdims=False) for x in (self.keys, self.values))
         return keys, values
-
-    def write(self, key: Float[Array, "B T K H"], value: Float[Array, "B T K H"], places: Int[Array, "B T"]) -> "LayerCache":
-        rows = jnp.arange(key.shape[0])[:, None]
-        keys = self.keys.at[self.index, rows, places].set(key.astype(self.keys.dtype), mode="drop")
-        values = self.values.at[self.index, rows, places].set(value.astype(self.values.dtype), mode="drop")
-        return self.replace(keys=keys, values=values)

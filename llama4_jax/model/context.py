@@ -6,8 +6,9 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from llama4_jax.config import AttentionTemperature, ModelConfig
-from llama4_jax.model.cache import EMPTY, Cache, Slots
+from llama4_jax.model.cache import EMPTY, Cache, Slots, last_window
 from llama4_jax.model.rotary import Rotation, inverse_frequencies, rotation
+from llama4_jax.parallel.cache_parallel import reads_whole_rows
 from llama4_jax.parallel.context_parallel import Zigzag, spans_of
 from pallas_kernels.attention import Mask
 from pallas_kernels.attention.intervals import Intervals
@@ -23,6 +24,7 @@ class KindContext:
         places: the cache slot of each token; None without a cache.
         joined: the mask over the cached slots as they were, followed by the tokens at hand.
         written: the mask over the cached slots once these tokens are in them.
+        last_chunk: where the last chunk of each row begins, of rows that begin here and lie on several devices.
     """
 
     fresh: Mask
@@ -30,6 +32,7 @@ class KindContext:
     places: Int[Array, "B T"] | None = None
     joined: Mask | None = None
     written: Mask | None = None
+    last_chunk: Int[Array, " B"] | None = None
 
 
 @struct.dataclass
@@ -39,7 +42,7 @@ class Context:
     rotation: of the layers with RoPE.
     temperature: the factor on the queries of NoPE layers; None without temperature tuning.
     local, full: of the layers with RoPE, and without.
-    cache_is_empty: whether nothing was read before; None without a cache.
+    cache_is_empty: whether nothing was read before; False without a cache.
     zigzag: the order in which the tokens lie, where it is not that of the row.
     capacity_factor, router_jitter: of this pass's routing, see ObjectiveConfig.
     """
@@ -49,7 +52,7 @@ class Context:
     temperature: Float[Array, "#B T 1 1"] | None
     local: KindContext
     full: KindContext
-    cache_is_empty: Bool[Array, ""] | None = None
+    cache_is_empty: bool = struct.field(pytree_node=False, default=False)
     zigzag: Zigzag | None = struct.field(pytree_node=False, default=None)
     capacity_factor: float | None = struct.field(pytree_node=False, default=None)
     router_jitter: float = struct.field(pytree_node=False, default=0.0)
@@ -90,9 +93,12 @@ def make_context(
 ) -> Context:
     """Positions that are not given count from the start of each document, and go on from what the cache holds.
 
-    Positions and segment ids are in the order of the row, and the result is in that of the zigzag.
+    Positions and segment ids are in the order of the row, and the result is in that of the zigzag. A prompt that lies over
+    `context` begins at its row's start, and its padding follows it.
     """
     index = jnp.arange(shape[1], dtype=jnp.int32)[None]
+    whole_rows = cache is not None and cache.is_empty and reads_whole_rows(*shape)
+    document_window = config.attention_chunk_size if whole_rows else document_window
     if positions is None and segment_ids is not None:
         positions = document_positions(segment_ids)
         if cache is not None:
@@ -111,12 +117,17 @@ def make_context(
         fresh = Mask(positions, segment_ids, chunk=chunk, document_window=document_window)
         if slots is None:
             return KindContext(fresh, spans_of(Mask(*in_rows, chunk=chunk), *shape, zigzag))
+        over = lambda keys: Mask(positions, key_positions=keys, chunk=chunk)  # noqa: E731
         places = slots.places(positions, valid)
-        joined = jnp.concatenate([slots.positions, jnp.where(valid, positions, EMPTY)], axis=1)  # [B, S + T]
-        written = slots.write(positions, places).positions
-        return KindContext(
-            fresh, None, places, *(Mask(positions, key_positions=keys, chunk=chunk) for keys in (joined, written))
-        )
+        if not cache.is_empty:
+            joined = jnp.concatenate([slots.positions, jnp.where(valid, positions, EMPTY)], axis=1)  # [B, S + T]
+            return KindContext(fresh, None, places, over(joined), over(slots.write(positions, places).positions))
+        if not whole_rows:
+            return KindContext(fresh, None, places, None, over(slots.write(positions, places).positions))
+        lengths = valid.sum(axis=1, dtype=jnp.int32)
+        spans = spans_of(fresh, *shape, None)
+        window = last_window(lengths, slots.positions.shape[1])
+        return KindContext(fresh, spans, places, None, over(slots.filled(lengths).positions), window)
 
     return Context(
         valid=valid,
@@ -124,6 +135,6 @@ def make_context(
         temperature=None if config.temperature is None else temperature_factor(indices, config.temperature),
         local=kind(chunk, None if cache is None else cache.local),
         full=kind(None, None if cache is None else cache.full),
-        cache_is_empty=None if cache is None else cache.is_empty,
+        cache_is_empty=cache is not None and cache.is_empty,
         zigzag=zigzag,
     )

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from llama4_jax.config import ExecutionConfig, ModelConfig
 from llama4_jax.errors import UserError
@@ -87,7 +87,7 @@ class Llama4(nn.Module):
             document_window: the packer's promise, see `Batch.document_window`.
             capacity_factor: drop what is beyond an expert's capacity; None drops nothing. See moe.within_capacity.
             router_jitter: noise on what the router reads, see ObjectiveConfig; needs `rngs={"jitter": key}`.
-            last_logits_only: of the last place alone, [B, 1, V]: all that decoding needs of a prompt.
+            last_logits_only: of each row's last token alone, [B, 1, V]: all that decoding needs of a prompt.
 
         Raises:
             UserError: the model has a router bias and was given none.
@@ -110,13 +110,21 @@ class Llama4(nn.Module):
             x = fuse(x, self.vision(images), places)
         x = nn.with_logical_constraint(x, ("batch", "seq", "act_embed"))
         x, cache, stats = run_layers(self.layers, x, context, cache)
-        x = self.final_norm(x[:, -1:] if last_logits_only else x)
+        x = self.final_norm(last_tokens(x, context.valid) if last_logits_only else x)
         head = self.embed.table().T if self.config.tie_embeddings else self.lm_head()
         if targets is not None:
             log_probs = target_log_probs(x, head.astype(dtype), targets, self.execution.loss_block_size)
             return Output(None, log_probs if zigzag is None else zigzag.restore(log_probs), cache, stats)
         logits = project(x, head, HEAD_AXES).astype(jnp.float32)
         return Output(logits if zigzag is None else zigzag.restore(logits), None, cache, stats)
+
+
+def last_tokens(x: Float[Array, "B T D"], valid: Bool[Array, "B T"] | None) -> Float[Array, "B 1 D"]:
+    """Of each row the last token that is not padding."""
+    if valid is None:
+        return x[:, -1:]
+    last = valid.shape[1] - 1 - jnp.argmax(valid[:, ::-1], axis=1)
+    return jnp.take_along_axis(x, last[:, None, None], axis=1)
 
 
 class Head(nn.Module):

@@ -31,7 +31,6 @@ from llama4_jax.parallel.mesh import current_mesh, gather
 from llama4_jax.parallel.rules import BATCH_AXES, splits_batch
 from pallas_kernels.attention import Mask
 from pallas_kernels.attention.intervals import Intervals, intervals
-from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.ring_attention import ring_attention
 
 Exchange = Literal["ring", "all_gather"]
@@ -116,19 +115,20 @@ def attention(
     mask: Mask,
     spans: Intervals | None,
     *,
+    zigzag: Zigzag | None,
     local: Callable[..., Array],
     execution: ExecutionConfig,
 ) -> Float[Array, "B T N H"]:
     """Self-attention on the mesh of `use_mesh`; `local(query, key, value, mask)` is the attention of one device.
 
-    Rows lie in the order of `zigzag_of`, and so do mask and `spans_of` it. Without a mesh, or for shapes that the mesh does
+    Rows lie in the order of `zigzag`, and so do mask and `spans_of` it. Without a mesh, or for shapes that the mesh does
     not divide, it is `local`, which the compiler then splits as it sees fit.
     """
     mesh = current_mesh()
     B, T = query.shape[:2]
     if mesh is None or key.shape[2] % mesh.shape["tensor"] or not splits_batch(mesh, B, T):
         return local(query, key, value, mask)
-    shards, zigzag = mesh.shape["context"], zigzag_of(execution, B, T)
+    shards = mesh.shape["context"]
     piece = T // shards // (2 if zigzag else 1)
     exchange = execution.context_exchange
     exchange = _exchange(mesh, query, key) if exchange == "auto" else exchange
@@ -143,33 +143,6 @@ def attention(
     places = jax.tree.map(lambda a: P(BATCH_AXES if a.shape[0] == B else None, "context"), reads)
     mapped = jax.shard_map(attend, mesh=mesh, in_specs=(rows, rows, rows, places), out_specs=rows, check_vma=False)
     return mapped(query, key, value, reads)
-
-
-def decode(
-    query: Float[Array, "B T N H"],
-    keys: Float[Array, "Lb B S K H"],
-    values: Float[Array, "Lb B S K H"],
-    mask: Mask,
-    layer: Int[Array, ""],
-    *,
-    execution: ExecutionConfig,
-) -> Float[Array, "B T N H"]:
-    """A row's newest tokens over its cache, of which `mask` knows the slots. Rows and heads lie on the mesh of `use_mesh` as
-    far as it divides them; shards of `context` all do the same."""
-    mesh, B = current_mesh(), query.shape[0]
-
-    def attend(*arrays):
-        return decode_attention(*arrays[:-1], layer=arrays[-1], implementation=execution.attention).out
-
-    if mesh is None:
-        return attend(query, keys, values, mask, layer)
-    rows = None if B % math.prod(mesh.shape[axis] for axis in BATCH_AXES) else BATCH_AXES
-    heads = None if keys.shape[3] % mesh.shape["tensor"] else "tensor"
-    slots = P(None, rows, None, heads)
-    places = jax.tree.map(lambda a: P(rows if a.shape[0] == B else None), mask)
-    specs = P(rows, None, heads), slots, slots, places, P()
-    mapped = jax.shard_map(attend, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False)
-    return mapped(query, keys, values, mask, layer)
 
 
 def _exchange(mesh: AbstractMesh, query: Array, key: Array) -> Exchange:

@@ -1,15 +1,17 @@
-"""The routed experts on a mesh: which tokens travel where, and back. No token is dropped, whatever the router does.
+"""The routed experts on a mesh: how tokens and experts meet. No token is dropped, whatever the router does.
 
 Experts live on `expert`, their width F on `tensor`, and their D is gathered over `fsdp` for the time of one layer. Tokens
-lie on every axis but `tensor`, so most of them have to reach another shard of `expert`:
+lie on every axis but `tensor`, so most of them are on another shard of `expert` than their experts:
 
 - all-to-all: each shard sends each other shard a bucket with the rows that its experts need, and gets their answers back.
 - all-gather: every shard gets all tokens of its `expert` group, picks the rows of its own experts, and the answers are
   added up where the tokens came from (a reduce-scatter).
+- gather-weights: tokens stay, and every shard gets all experts for the time of one layer. All devices then do the same
+  work, however uneven the router is.
 
-Both put rows into buffers of a fixed size, `SPARE` times an even share. What does not fit waits for another round, and
-rounds go on until no device of the group has a row left: so the worst case takes time, not memory. The first round keeps
-what its gradient needs; the others, which a healthy router never sees, compute it again.
+The first two put rows into buffers of a fixed size, `SPARE` times an even share. What does not fit waits for another round,
+of `LATER` even shares, and rounds go on until no device of the group has a row left: so the worst case takes time, not
+memory. The first round keeps what its gradient needs; the others compute it again.
 
 With `tensor`, a row travels over `expert` in slices of D / tensor, one by each tensor shard, and is put together there.
 """
@@ -30,17 +32,29 @@ from llama4_jax.errors import UserError
 from llama4_jax.parallel.mesh import current_mesh, gather, sum_and_scatter
 from llama4_jax.parallel.rules import BATCH_AXES, partition, splits_batch
 
-Exchange = Literal["all_to_all", "all_gather"]
+Exchange = Literal["all_to_all", "all_gather", "gather_weights"]
 LocalFFN = Callable[..., Array]  # (x [M D], experts [M X], scores [M X], gate_up, down) -> [M D]
 
-SPARE = 1.25  # buffers over the even share of rows; routers that are kept balanced stay below it
+SPARE = 1.1  # buffers of the first round over the even share of rows; routers that are kept balanced stay near it
+LATER = 0.25  # those of each later round
 ROW_MULTIPLE = 8  # a buffer's rows are a multiple of this, a tile's height
 
 
-def buffer_rows(rows: int, shards: int) -> int:
-    """Rows of the buffer for one of `shards` receivers of `rows` rows: SPARE times an even share, never above all rows."""
-    share = -(-int(rows * SPARE) // shards)
-    return min(rows, -(-share // ROW_MULTIPLE) * ROW_MULTIPLE)
+@dataclasses.dataclass(frozen=True)
+class BufferRows:
+    """Rows of the buffer for one receiver, in the first round and in each later one."""
+
+    first: int
+    later: int
+
+
+def buffer_rows(rows: int, shards: int) -> BufferRows:
+    """For `rows` rows that go to `shards` receivers: SPARE and LATER even shares in whole tiles, never above all rows."""
+
+    def tiles(shares: float) -> int:
+        return min(rows, -(-int(rows * shares) // (shards * ROW_MULTIPLE)) * ROW_MULTIPLE)
+
+    return BufferRows(tiles(SPARE), max(tiles(LATER), min(rows, ROW_MULTIPLE)))
 
 
 def exchange_bytes(
@@ -49,33 +63,40 @@ def exchange_bytes(
     tokens: int,
     hidden_size: int,
     experts_per_token: int,
+    num_experts: int,
+    expert_ffn_size: int,
     expert_shards: int,
     tensor_shards: int,
     itemsize: int,
 ) -> int:
-    """Bytes that one device sends over `expert` in one layer's forward pass; the backward pass sends as many.
+    """Bytes that one device sends for one layer's forward and backward pass, beyond what `expert=1` would send.
 
-    With M' tokens on a device, X experts a token, R shards of `expert`, t of `tensor` and b bytes a number:
+    With M' tokens on a device, X experts a token, E experts, R shards of `expert`, t of `tensor` and b bytes a number:
 
-        all-to-all   2 (R - 1) bucket (D / t) b,  bucket = SPARE M' X / R, in whole tiles
-        all-gather   2 (R - 1) M' (D / t) b
+        all-to-all       4 (R - 1) bucket (D / t) b,  bucket = SPARE M' X / R, in whole tiles
+        all-gather       4 (R - 1) M' (D / t) b
+        gather-weights   3 (R - 1) (E / R) 3 D (F / t) b
 
-    The two directions are the rows and their answers; expert indices and scores, 8 bytes a row, are left out. Weights do
-    not move over `expert`, so their F is not in it, and a second round of a skewed router is not foreseen.
+    Rows and their answers travel in both passes; weights are gathered in both, and their gradients scattered. Expert indices
+    and scores, 8 bytes a row, are left out, and so is a second round, which a skewed router needs.
     """
-    rows = buffer_rows(tokens * experts_per_token, expert_shards) if exchange == "all_to_all" else tokens
-    return 2 * (expert_shards - 1) * rows * -(-hidden_size // tensor_shards) * itemsize
+    if exchange == "gather_weights":
+        numbers, journeys = num_experts // expert_shards * 3 * hidden_size * -(-expert_ffn_size // tensor_shards), 3
+    else:
+        to_one = exchange == "all_to_all"
+        rows = buffer_rows(tokens * experts_per_token, expert_shards).first if to_one else tokens
+        numbers, journeys = rows * -(-hidden_size // tensor_shards), 4
+    return journeys * (expert_shards - 1) * numbers * itemsize
 
 
 def choose_exchange(**sizes: int) -> Exchange:
-    """The exchange that sends fewer bytes, `exchange_bytes` of the same arguments; all-gather when they send the same.
+    """The exchange that sends the fewest bytes, `exchange_bytes` of the same arguments; of equal ones the simpler.
 
-    That is all-to-all where a bucket is smaller than all of a device's tokens: SPARE * X < R, and more than a few tokens.
-    Memory goes the same way. It counts bytes, not links: on hosts whose all-to-all is slow, override it with
-    ExecutionConfig.expert_exchange.
+    That is gather-weights where a device has many tokens for each expert (about E F tokens and more), else all-to-all where
+    a bucket is smaller than all of a device's tokens: SPARE * X < R, and more than a few tokens. It counts bytes, not links:
+    on hosts whose all-to-all is slow, or for a router that is not balanced, override it with ExecutionConfig.expert_exchange.
     """
-    cheaper = exchange_bytes("all_to_all", **sizes) < exchange_bytes("all_gather", **sizes)
-    return "all_to_all" if cheaper else "all_gather"
+    return min(("gather_weights", "all_gather", "all_to_all"), key=lambda exchange: exchange_bytes(exchange, **sizes))
 
 
 def routed_experts(
@@ -87,7 +108,7 @@ def routed_experts(
     order: Any = None,
     *,
     ffn: LocalFFN,
-    exchange: Literal["auto", "all_to_all", "all_gather"] = "auto",
+    exchange: Literal["auto", "all_to_all", "all_gather", "gather_weights"] = "auto",
 ) -> Float[Array, "B T D"]:
     """sum over x of expert_{e_x}(s_x * x) for every token, on the mesh of `use_mesh`; `ffn` computes it on one device.
 
@@ -104,36 +125,41 @@ def routed_experts(
     rows = P(BATCH_AXES, "context")
     gate_up_spec = partition("gate_up", gate_up.shape, P("experts", None, "embed", "ffn"), mesh)
     down_spec = partition("down", down.shape, P("experts", "ffn", "embed"), mesh)
-    if sizes["expert"] == 1:
+    form = _cheapest(mesh, x, experts.shape[-1], gate_up) if exchange == "auto" else exchange
+    if form == "gather_weights" or sizes["expert"] == 1:
         # Each tensor shard answers with a part of the sum; adding outside leaves the all-reduce to the compiler, which can
         # join it with the shared expert's.
-        compute, columns, out = (lambda *args: _on_rows(ffn, *args)[None]), None, P("tensor", *rows)
+        form, columns, out = "gather_weights", None, P("tensor", *rows)
     else:
         if x.shape[-1] % sizes["tensor"]:
             raise UserError(f"hidden_size={x.shape[-1]} is not a multiple of the mesh's tensor={sizes['tensor']}")
-        form = _exchange(mesh, x, experts.shape[-1]) if exchange == "auto" else exchange
-        compute, columns, out = partial(_EXCHANGES[form], ffn), "tensor", P(*rows, "tensor")
+        columns, out = "tensor", P(*rows, "tensor")
 
     def on_shard(x, experts, scores, gate_up, down):
+        if form == "gather_weights":
+            gate_up, down = gather(gate_up, "expert", 0), gather(down, "expert", 0)  # before `fsdp`: most bytes go there
         gate_up = gather(gate_up, "fsdp", 2)  # [E', 2, D, F']
         down = gather(down, "fsdp", 2)  # [E', F', D]
-        return compute(x, experts, scores, gate_up, down)
+        return _EXCHANGES[form](ffn, x, experts, scores, gate_up, down)
 
     # Gathered weights are as large as all shards together, so the backward pass gathers them again.
-    on_shard = jax.checkpoint(on_shard) if sizes["fsdp"] > 1 else on_shard
+    gathers = sizes["fsdp"] > 1 or (form == "gather_weights" and sizes["expert"] > 1)
+    on_shard = jax.checkpoint(on_shard) if gathers else on_shard
     in_specs = (P(*rows, columns), rows, rows, gate_up_spec, down_spec)
     mapped = jax.shard_map(on_shard, mesh=mesh, in_specs=in_specs, out_specs=out, check_vma=False)
     y = mapped(x, experts, scores, gate_up, down)
-    return y.sum(axis=0) if sizes["expert"] == 1 else y
+    return y.sum(axis=0) if form == "gather_weights" else y
 
 
-def _exchange(mesh: AbstractMesh, x: Array, experts_per_token: int) -> Exchange:
+def _cheapest(mesh: AbstractMesh, x: Array, experts_per_token: int, gate_up: Array) -> Exchange:
     """The cost rule's choice for these shapes."""
     B, T, D = x.shape
     return choose_exchange(
         tokens=B * T // math.prod(mesh.shape[axis] for axis in (*BATCH_AXES, "context")),
         hidden_size=D,
         experts_per_token=experts_per_token,
+        num_experts=gate_up.shape[0],
+        expert_ffn_size=gate_up.shape[-1],
         expert_shards=mesh.shape["expert"],
         tensor_shards=mesh.shape["tensor"],
         itemsize=x.dtype.itemsize,
@@ -146,18 +172,23 @@ def _on_rows(ffn: LocalFFN, x, experts, scores, gate_up, down):
 
 
 # ------------------------------------------------------------------------------------------------------------------------
-# The two exchanges, inside shard_map: x [B', T', D'] with D' = D / tensor, experts and scores [B', T', X]
+# The exchanges, inside shard_map: x [B', T', D'] with D' = D / tensor (all of D where the weights travel), experts and
+# scores [B', T', X]
+
+
+def _gather_weights(ffn: LocalFFN, x, experts, scores, gate_up, down):
+    return _on_rows(ffn, x, experts, scores, gate_up, down)[None]
 
 
 def _all_to_all(ffn: LocalFFN, x, experts, scores, gate_up, down):
     shards, local_experts = jax.lax.axis_size("expert"), gate_up.shape[0]
     size = buffer_rows(experts.size, shards)
     queue = line_up(experts // local_experts, shards)
-    rounds = jax.lax.pmax(-(-jnp.max(queue.lengths) // size), "expert")  # agreed on: each round is a collective
+    longest = jax.lax.pmax(jnp.max(queue.lengths), "expert")  # agreed on: each round is a collective
 
-    def one_round(i, queue_and_experts, x, scores, gate_up, down):
+    def one_round(first, size, queue_and_experts, x, scores, gate_up, down):
         queue, experts = queue_and_experts
-        slots = queue.slots(i, size)
+        slots = queue.slots(first, size)
 
         def travel(rows):
             return jax.lax.all_to_all(rows, "expert", split_axis=0, concat_axis=0, tiled=True)
@@ -169,7 +200,7 @@ def _all_to_all(ffn: LocalFFN, x, experts, scores, gate_up, down):
         return from_slots(travel(y), slots)
 
     rows = x.reshape(-1, x.shape[-1])
-    y = sum_of_rounds(one_round, rounds, (queue, experts), rows, scores, gate_up, down)
+    y = sum_of_rounds(one_round, size, longest, (queue, experts), rows, scores, gate_up, down)
     return y.reshape(x.shape)
 
 
@@ -181,20 +212,22 @@ def _all_gather(ffn: LocalFFN, x, experts, scores, gate_up, down):
     here = (local >= 0) & (local < local_experts)
     size = buffer_rows(all_experts.size, shards)
     queue = line_up(jnp.where(here, 0, 1), 1)
-    rounds = -(-jnp.max(queue.lengths) // size)  # equal on the tensor shards, which alone talk inside a round
 
-    def one_round(i, queue_and_experts, rows, scores, gate_up, down):
+    def one_round(first, size, queue_and_experts, rows, scores, gate_up, down):
         queue, local = queue_and_experts
-        slots = queue.slots(i, size)
+        slots = queue.slots(first, size)
         rows = gather(to_slots(rows, slots), "tensor", 1)  # [size, D]
         y = ffn(rows, slots.of_pairs(local, empty=local_experts), slots.of_pairs(scores), gate_up, down)
         return from_slots(sum_and_scatter(y, "tensor", 1), slots)
 
-    y = sum_of_rounds(one_round, rounds, (queue, local), all_rows, all_scores, gate_up, down)  # [R * M', D']
+    # The number of rounds is equal on the tensor shards, which alone talk inside one.
+    y = sum_of_rounds(
+        one_round, size, jnp.max(queue.lengths), (queue, local), all_rows, all_scores, gate_up, down
+    )  # [R * M', D']
     return sum_and_scatter(y, "expert", 0).reshape(x.shape)
 
 
-_EXCHANGES = {"all_to_all": _all_to_all, "all_gather": _all_gather}
+_EXCHANGES = {"all_to_all": _all_to_all, "all_gather": _all_gather, "gather_weights": _gather_weights}
 
 
 # ------------------------------------------------------------------------------------------------------------------------
@@ -234,10 +267,10 @@ class Queue:
     place: Int[Array, "M X"]
     lengths: Int[Array, " receivers"]
 
-    def slots(self, round_: Int[Array, ""] | int, size: int) -> Slots:
-        """The places round_ * size and on of each line, in buffers of `size` that lie one after another."""
+    def slots(self, first: Int[Array, ""] | int, size: int) -> Slots:
+        """The places `first` and on of each line, in buffers of `size` that lie one after another."""
         receivers, pairs = self.lengths.size, self.receiver.size
-        place = self.place - round_ * size
+        place = self.place - first
         now = (place >= 0) & (place < size) & (self.receiver < receivers)
         slot = jnp.where(now, self.receiver * size + place, receivers * size)
         pair = jnp.full(receivers * size, pairs, jnp.int32).at[slot.reshape(-1)].set(jnp.arange(pairs), mode="drop")
@@ -272,34 +305,39 @@ to_slots.defvjp(lambda x, slots: (to_slots(x, slots), slots), lambda slots, d: (
 from_slots.defvjp(lambda x, slots: (from_slots(x, slots), slots), lambda slots, d: (to_slots(d, slots), None))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def sum_of_rounds(one_round: Callable[..., Array], rounds: Int[Array, ""], index: Any, *args: Array) -> Array:
-    """sum over i < max(rounds, 1) of one_round(i, index, *args).
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def sum_of_rounds(
+    one_round: Callable[..., Array], size: BufferRows, longest: Int[Array, ""], index: Any, *args: Array
+) -> Array:
+    """The sum of one_round(first, size, index, *args) over pieces of lines of up to `longest`, each from `first` on.
 
-    The gradient with respect to `args` keeps the residuals of round 0 and computes those of later rounds again, so memory
-    does not grow with the rounds.
+    The first piece, of size.first places, is always there; others, of size.later, until the line ends. The gradient with
+    respect to `args` keeps the residuals of the first and computes those of the others again, so memory does not grow.
     """
-    return _sum_forward(one_round, rounds, index, *args)[0]
+    return _sum_forward(one_round, size, longest, index, *args)[0]
 
 
-def _sum_forward(one_round, rounds, index, *args):
-    first, pullback = jax.vjp(partial(one_round, 0, index), *args)
-    y = _later_rounds(rounds, first, lambda i: one_round(i, index, *args))
-    return y, (pullback, rounds, index, args)
+def _sum_forward(one_round, size, longest, index, *args):
+    first, pullback = jax.vjp(partial(one_round, 0, size.first, index), *args)
+    y = _with_later(size, longest, first, lambda start: one_round(start, size.later, index, *args))
+    return y, (pullback, longest, index, args)
 
 
-def _sum_backward(one_round, residuals, dy):
-    pullback, rounds, index, args = residuals
-    gradients = _later_rounds(rounds, pullback(dy), lambda i: jax.vjp(partial(one_round, i, index), *args)[1](dy))
-    return None, None, *gradients
+def _sum_backward(one_round, size, residuals, dy):
+    pullback, longest, index, args = residuals
+
+    def later(start):
+        return jax.vjp(partial(one_round, start, size.later, index), *args)[1](dy)
+
+    return None, None, *_with_later(size, longest, pullback(dy), later)
 
 
-def _later_rounds(rounds, first, one_round):
+def _with_later(size, longest, first, one_round):
     def add(carry):
-        i, total = carry
-        return i + 1, jax.tree.map(jnp.add, total, one_round(i))
+        start, total = carry
+        return start + size.later, jax.tree.map(jnp.add, total, one_round(start))
 
-    return jax.lax.while_loop(lambda carry: carry[0] < rounds, add, (jnp.int32(1), first))[1]
+    return jax.lax.while_loop(lambda carry: carry[0] < longest, add, (jnp.int32(size.first), first))[1]
 
 
 sum_of_rounds.defvjp(_sum_forward, _sum_backward)

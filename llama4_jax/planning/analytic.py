@@ -7,7 +7,7 @@ context_parallel.py) with these simplifications, which README.md sets beside com
   (projections), or everything (none), and holds one layer's gathered weights, their gradients and its activations besides;
 - weights are gathered in the compute dtype once in each pass and read from HBM after they were written there; gradients are
   reduced in it; activations are written and read once by every product;
-- routed rows fill their buffers, SPARE over the even share, and routers are balanced.
+- routed rows that travel fill their buffers, SPARE over the even share, and routers are balanced.
 """
 
 import dataclasses
@@ -20,12 +20,12 @@ import jax
 from jax.sharding import AbstractMesh, AxisType
 
 from llama4_jax.config import Experiment, ModelConfig
-from llama4_jax.model.cache import Cache
 from llama4_jax.model.llama4 import Llama4, abstract_params, logical_axes
 from llama4_jax.parallel.expert_parallel import SPARE, choose_exchange, exchange_bytes
 from llama4_jax.parallel.fit import check_fit
 from llama4_jax.parallel.mesh import AXES, axis_sizes
 from llama4_jax.parallel.rules import BATCH_AXES, partition
+from llama4_jax.planning.caches import cache_bytes
 from llama4_jax.planning.chips import Topology
 from llama4_jax.planning.measure import Measurement
 from llama4_jax.planning.memory import Memory, is_misaligned
@@ -42,16 +42,6 @@ def estimate(experiment: Experiment, topology: Topology, program: str = "train")
     if program == "train":
         check_fit(mesh, experiment.model, experiment.execution, experiment.data)
     return _Estimate(experiment, topology, program, sizes, mesh).measurement()
-
-
-def cache_bytes(model: ModelConfig, rows: int, length: int, dtype: str) -> float:
-    """Of the keys and values of rows of `length` tokens."""
-
-    def keys_and_values():
-        cache = Cache.create(model, rows, length, dtype)
-        return cache.keys, cache.values
-
-    return float(sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(keys_and_values))))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,12 +95,30 @@ class _Estimate:
         self.parts = self.run.microbatches if self.train else 1
         self.tokens = max(1.0, tokens / rows / self.context / self.parts)  # on a device at one time
         self.rows = max(1.0, e.data.batch_size / rows)
+        self.expert_exchange = self._expert_exchange()
+        rows_travel = self.expert_exchange in ("all_to_all", "all_gather")
+        self.spare = SPARE if rows_travel else 1.0
+        self.experts_gather = ("fsdp",) if rows_travel else ("fsdp", "expert")
         self.weights = [self._weight(*entry) for entry in _shapes(self.model)]
         self.network = Network.in_order(self.topology, self.sizes)
 
+    def _expert_exchange(self) -> str:
+        if self.sizes["expert"] == 1:
+            return "gather_weights"
+        chosen = self.run.expert_exchange
+        return choose_exchange(**self._routed_sizes()) if chosen == "auto" else chosen
+
+    def _routed_sizes(self) -> dict[str, int]:
+        m = self.model
+        return {
+            "tokens": int(self.tokens), "hidden_size": m.hidden_size, "experts_per_token": m.experts_per_token,
+            "num_experts": m.num_experts, "expert_ffn_size": m.expert_ffn_size, "expert_shards": self.sizes["expert"],
+            "tensor_shards": self.sizes["tensor"], "itemsize": self.item,
+        }  # fmt: skip
+
     def _weight(self, path: str, shape: tuple[int, ...], logical) -> Weight:
         spec = partition(path, shape, logical, self.mesh)
-        used_whole = ("fsdp",) if "/experts/" in path else ("fsdp", "expert")  # what is gathered for its use
+        used_whole = self.experts_gather if "/experts/" in path else ("fsdp", "expert")  # what is gathered for its use
         split = [axis for axes in spec for axis in ((axes,) if isinstance(axes, str) else axes or ())]
         count = lambda axes: math.prod(self.sizes[axis] for axis in axes)  # noqa: E731
         group = tuple(axis for axis in split if axis in used_whole and self.sizes[axis] > 1)
@@ -148,7 +156,7 @@ class _Estimate:
         """Numbers a token that each layer computes."""
         m, t = self.model, self.sizes["tensor"]
         attention = m.hidden_size + (2 * m.num_heads + 2 * m.num_kv_heads) * m.head_dim / t
-        routed = SPARE * m.experts_per_token * (3 * m.expert_ffn_size / t + 2 * m.hidden_size)
+        routed = self.spare * m.experts_per_token * (3 * m.expert_ffn_size / t + 2 * m.hidden_size)
         moe = routed + 2 * m.num_experts + (3 * m.expert_ffn_size / t if m.shared_expert else 0)
         dense = 3 * m.dense_ffn_size / t
         return [2 * m.hidden_size + attention + (moe if kind.is_moe else dense) for kind in m.layer_kinds]
@@ -172,9 +180,7 @@ class _Estimate:
 
     def _cache_bytes(self) -> float:
         data = self.experiment.data
-        heads = self.sizes["tensor"] if self.model.num_kv_heads % self.sizes["tensor"] == 0 else 1
-        whole = cache_bytes(self.model, data.batch_size, data.sequence_length, self.run.compute_dtype)
-        return whole * self.rows / data.batch_size / heads
+        return cache_bytes(self.model, data.batch_size, data.sequence_length, self.run.compute_dtype, self.mesh)
 
     # -- work ----------------------------------------------------------------------------------------------------------
 
@@ -183,7 +189,7 @@ class _Estimate:
         made of gathered experts is always computed again, see parallel/README.md."""
         if not self.train:
             return 1.0
-        if routed and self.sizes["fsdp"] > 1:
+        if routed and any(self.sizes[axis] > 1 for axis in self.experts_gather):
             return 4.0
         return {"none": 3.0, "projections": 3.4, "layer": 4.0}[self.run.remat]
 
@@ -204,14 +210,15 @@ class _Estimate:
         piece = e.data.sequence_length if self.train else tokens_of(e, self.program) // e.data.batch_size
         for kind, keys in zip(m.layer_kinds, keys_seen(m, before, piece), strict=True):
             product(M, D, (N + 2 * K) * H / t)
-            read = 2 * self.rows * K * H / t * (keys if not self.train else e.data.sequence_length)
-            add(4 * M * N * H / t * keys, read + 2 * M * N * H / t)
+            here = self.sizes["context"] if self.program == "decode" and not kind.uses_rope else 1  # share of a shard's slots
+            read = 2 * self.rows * K * H / t * (keys if not self.train else e.data.sequence_length) / here
+            add(4 * M * N * H / t * keys / here, read + 2 * M * N * H / t)
             product(M, N * H / t, D)
             if kind.is_moe:
-                local = m.num_experts / self.sizes["expert"]
-                used = min(local, M * m.experts_per_token * self.sizes["expert"]) if not self.train else local
-                spare = SPARE if self.sizes["expert"] > 1 else 1.0
-                rows, F = spare * M * m.experts_per_token, m.expert_ffn_size / t
+                shards = 1 if "expert" in self.experts_gather else self.sizes["expert"]
+                local = m.num_experts / shards
+                used = min(local, M * m.experts_per_token * shards) if not self.train else local
+                rows, F = self.spare * M * m.experts_per_token, m.expert_ffn_size / t
                 product(M, D, m.num_experts)
                 product(rows, D, 2 * F, used * D * 2 * F)
                 product(rows, F, D, used * D * F)
@@ -251,13 +258,11 @@ class _Estimate:
         for w in self.weights:
             scope = "experts" if "/experts/" in w.path else "layers" if w.path.startswith("layers/") else "embed and head"
             layers = self.model.num_layers // len(self.model.block_kinds) if w.path.startswith("layers/") else 1
-            if w.misaligned:  # gathered as a sum of zero-filled copies
-                yield "all-reduce", w.group, self.item * w.gathered / layers, layers * passes, scope, True
-            else:
-                yield "all-gather", w.group, self.item * w.local / layers, layers * passes, scope, True
+            yield "all-gather", w.group, self.item * w.local / layers, layers * passes, scope, True
             if self.train:
                 yield "reduce-scatter", w.group, self.item * w.gathered / layers, layers * self.parts, f"d {scope}", True
-                whole = ("data", "context", "fsdp") if "/experts/" in w.path else ("data", "context", "fsdp", "expert")
+                used_whole = self.experts_gather if "/experts/" in w.path else ("fsdp", "expert")
+                whole = ("data", "context", *used_whole)
                 yield "all-reduce", tuple(axis for axis in whole if axis not in w.group), 4 * w.local, 1, "update", True
                 yield "all-reduce", ("dcn_data",), 4 * w.local, 1, "update", True
 
@@ -268,19 +273,14 @@ class _Estimate:
         yield "all-reduce", ("tensor",), stream, 2 * self.model.num_layers * passes, "layers", False
 
     def _of_experts(self) -> Iterator[_Sent]:
-        m, n = self.model, self.sizes["expert"]
-        if n == 1:
+        form, n = self.expert_exchange, self.sizes["expert"]
+        if form == "gather_weights":  # among the weights
             return
-        shape = {
-            "tokens": int(self.tokens), "hidden_size": m.hidden_size, "experts_per_token": m.experts_per_token,
-            "expert_shards": n, "tensor_shards": self.sizes["tensor"], "itemsize": self.item,
-        }  # fmt: skip
-        form = choose_exchange(**shape) if self.run.expert_exchange == "auto" else self.run.expert_exchange
-        sent = exchange_bytes(form, **shape)
+        sent = exchange_bytes(form, **self._routed_sizes()) / 2  # of one pass
         kind, held = ("all-to-all", sent * n / (n - 1)) if form == "all_to_all" else ("all-gather", sent / (n - 1))
         again = 0.5 * (self.run.remat != "none" or self.sizes["fsdp"] > 1)  # rows travel again, answers do not
         passes = (2 + again) * self.parts if self.train else 1
-        yield kind, ("expert",), held, sum(kind.is_moe for kind in m.layer_kinds) * passes, "experts", False
+        yield kind, ("expert",), held, sum(kind.is_moe for kind in self.model.layer_kinds) * passes, "experts", False
 
     def _of_context(self) -> Iterator[_Sent]:
         if self.context == 1:

@@ -101,8 +101,9 @@ class Topology:
         return self.name + (f" x {self.slices} slices" if self.slices > 1 else "")
 
 
-def parse_topology(text: str, slices: int = 1) -> Topology:
-    """`v5p:4x4x8` or `h100:16x8`. Raises UserError for an unknown chip, or sizes that are none of its torus."""
+def parse_topology(text: str, slices: int = 1, hbm_bytes: float | None = None) -> Topology:
+    """`v5p:4x4x8` or `h100:16x8`, as if its devices had `hbm_bytes` only. Raises UserError for an unknown chip, sizes that are
+    none of its torus, or more memory than it has."""
     match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", text)
     if not match or match[1] not in CHIPS:
         raise UserError(f"topology {text!r}: write CHIP:SIZES, such as v5p:4x4x8 or h100:16x8; chips are {', '.join(CHIPS)}")
@@ -115,4 +116,6 @@ def parse_topology(text: str, slices: int = 1) -> Topology:
         raise UserError(f"--slices={slices} must be 1 or more")
     if slices > 1 and not chip.is_tpu:
         raise UserError(f"--slices={slices}: a GPU cluster has no slices; its nodes are in the topology")
-    return Topology(chip, sizes, slices)
+    if hbm_bytes is not None and not 0 < hbm_bytes <= chip.hbm_bytes:
+        raise UserError(f"--hbm_gb={hbm_bytes / 1e9:g}: a device of {chip.name} has {chip.hbm_bytes / 1e9:.0f}; say less")
+    return Topology(dataclasses.replace(chip, hbm_bytes=hbm_bytes or chip.hbm_bytes), sizes, slices)

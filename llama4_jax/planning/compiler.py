@@ -27,12 +27,14 @@ class Job:
     config, settings: of the experiment, as `app.load_experiment` takes them.
     topology, slices: as `parse_topology` takes them.
     program: train: one update; prefill: reading a piece of prompts; decode: one token more of each row.
+    hbm_bytes: what the compiler may use of a device's; None: all.
     """
 
     config: str
     topology: str
     slices: int = 1
     program: ProgramName = "train"
+    hbm_bytes: float | None = None
     settings: dict[str, str] = dataclasses.field(default_factory=dict)
 
 

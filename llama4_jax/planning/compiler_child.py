@@ -61,7 +61,7 @@ def _end_with_parent() -> None:
 
 
 def _compile(job: Job, say) -> None:
-    topology = parse_topology(job.topology, job.slices)
+    topology = parse_topology(job.topology, job.slices, job.hbm_bytes)
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("compiling for a TPU needs libtpu: pip install libtpu")
     experiment = app.load_experiment(job.config, job.settings)
@@ -70,9 +70,13 @@ def _compile(job: Job, say) -> None:
     case = programs.PROGRAMS[job.program](experiment, devices)
     say(arguments=arguments_by_kind(case.arguments))
     with case.context():
-        compiled = case.function.lower(*case.arguments).compile()
+        compiled = case.function.lower(*case.arguments).compile(_limits(job))
     measurement = measure(compiled, case.arguments, topology, make_mesh(experiment.mesh, devices))
     say(measurement=dataclasses.asdict(measurement))
+
+
+def _limits(job: Job) -> dict[str, int]:
+    return {} if job.hbm_bytes is None else {"xla_tpu_max_hbm_size_mib": int(job.hbm_bytes / 2**20)}
 
 
 def _devices(topology: Topology) -> list[jax.Device]:

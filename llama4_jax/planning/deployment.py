@@ -11,7 +11,7 @@ import dataclasses
 import functools
 
 from llama4_jax.named_configs import ParameterCounts, count_parameters, named_config
-from llama4_jax.planning.analytic import cache_bytes
+from llama4_jax.planning.caches import cache_bytes
 from llama4_jax.planning.chips import CHIPS
 from llama4_jax.planning.report import gb, table
 

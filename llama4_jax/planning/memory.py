@@ -96,7 +96,7 @@ def shard_bytes(leaf) -> float:
 def misaligned(arguments: tuple[PyTree, ...]) -> dict[str, float]:
     """Weights that a mesh cuts into pieces that are no multiples of a tile: path and shard to the shard's bytes.
 
-    The compiler then gathers such a weight by an all-reduce of zero-filled copies, which sends twice as much and holds more.
+    The compiler then pads them to whole tiles, in memory and on the links.
     """
     found = {}
     for argument in arguments:

@@ -6,10 +6,10 @@ from llama4_jax.training.flops import active_matmul_parameters, training_flops_p
 
 
 def tokens_of(experiment: Experiment, program: str) -> int:
-    """Of one run on all devices: of a step, of a piece of prompts, or one of each row."""
-    data = experiment.data
-    length = {"train": data.sequence_length, "prefill": min(data.sequence_length, PREFILL_PIECE), "decode": 1}[program]
-    return data.batch_size * length
+    """Of one run on all devices: of a step, of a piece of prompts (all of them over `context`), or one of each row."""
+    data, whole_rows = experiment.data, experiment.mesh.context != 1
+    piece = data.sequence_length if whole_rows else min(data.sequence_length, PREFILL_PIECE)
+    return data.batch_size * {"train": data.sequence_length, "prefill": piece, "decode": 1}[program]
 
 
 def model_flops(experiment: Experiment, program: str) -> float:

@@ -25,7 +25,10 @@ def make(job: Job, *, estimated: bool = False, total_tokens: float = TOKENS, bou
     Raises:
         UserError: the experiment does not fit the topology, or the compiler failed.
     """
-    topology, experiment = parse_topology(job.topology, job.slices), app.load_experiment(job.config, job.settings)
+    topology, experiment = (
+        parse_topology(job.topology, job.slices, job.hbm_bytes),
+        app.load_experiment(job.config, job.settings),
+    )
     if estimated or not topology.chip.is_tpu:
         return _estimated(job, experiment, topology, total_tokens)
     axis_sizes(experiment.mesh, topology.devices)  # a mesh that does not fit is said before seconds of start-up
@@ -57,7 +60,10 @@ def search(job: Job, compiled: int, *, say: Callable[[str], None], **options) ->
     Raises:
         UserError: no mesh divides the model and the batch, or none that was tried compiles.
     """
-    topology, experiment = parse_topology(job.topology, job.slices), app.load_experiment(job.config, job.settings)
+    topology, experiment = (
+        parse_topology(job.topology, job.slices, job.hbm_bytes),
+        app.load_experiment(job.config, job.settings),
+    )
     with _progress(f"estimating meshes over {topology}"):
         ranking = rank(experiment, topology, job.program)
     say(ranking_text(ranking))

@@ -1,7 +1,6 @@
 """The programs of a run as the compiler gets them: without data, weights, or the devices that will run them."""
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -15,13 +14,15 @@ from llama4_jax.app import load_experiment
 from llama4_jax.config import Experiment
 from llama4_jax.data.batch import Batch
 from llama4_jax.inference import decoding
-from llama4_jax.inference.generator import DECODE_ROOM, PREFILL_PIECE
+from llama4_jax.inference.generator import DECODE_ROOM
 from llama4_jax.inference.sampling import Sampling
-from llama4_jax.model.cache import Cache
 from llama4_jax.model.llama4 import Llama4, abstract_params, logical_axes
+from llama4_jax.parallel.cache_parallel import rows_axes
 from llama4_jax.parallel.fit import check_fit
 from llama4_jax.parallel.mesh import make_mesh
 from llama4_jax.parallel.rules import BATCH_AXES, batch_sharding, named_shardings, use_mesh
+from llama4_jax.planning.caches import abstract_cache
+from llama4_jax.planning.model_flops import tokens_of
 from llama4_jax.training.balancing import bias_balancing
 from llama4_jax.training.objective import cross_entropy_objective
 from llama4_jax.training.optimizer import learning_rate_schedule, make_optimizer
@@ -55,12 +56,15 @@ def train_step(experiment: Experiment, devices: Sequence[jax.Device]) -> Case:
 
 
 def prefill(experiment: Experiment, devices: Sequence[jax.Device]) -> Case:
-    """The last piece of `data.batch_size` prompts of `data.sequence_length` tokens, as the generator reads it."""
+    """The last piece of `data.batch_size` prompts of `data.sequence_length` tokens, as the generator reads it: of prompts over
+    `context` all of them."""
     mesh, model, variables = _for_inference(experiment, devices)
     rows, length = experiment.data.batch_size, experiment.data.sequence_length
-    sharding = NamedSharding(mesh, P(_row_axes(mesh, rows)))
-    tokens = jax.ShapeDtypeStruct((rows, min(length, PREFILL_PIECE)), jnp.int32, sharding=sharding)
-    cache = abstract_cache(experiment, mesh, length)
+    whole = mesh.shape["context"] > 1
+    shape = rows, tokens_of(experiment, "prefill") // rows
+    sharding = NamedSharding(mesh, P(rows_axes(mesh, rows), "context" if whole else None))
+    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
+    cache = abstract_cache(experiment.model, rows, length, experiment.execution.compute_dtype, mesh).replace(is_empty=whole)
 
     def read(variables, cache, tokens, segment_ids):
         return decoding.prefill(model, variables, cache, tokens, segment_ids)
@@ -72,11 +76,12 @@ def decode(experiment: Experiment, devices: Sequence[jax.Device]) -> Case:
     """Decoding of `data.batch_size` rows with a cache of `data.sequence_length` tokens; a turn of its loop draws a token of
     each row."""
     mesh, model, variables = _for_inference(experiment, devices)
-    rows = experiment.data.batch_size
-    sharding = NamedSharding(mesh, P(_row_axes(mesh, rows)))
+    rows, length = experiment.data.batch_size, experiment.data.sequence_length
+    cache = abstract_cache(experiment.model, rows, length, experiment.execution.compute_dtype, mesh)
+    sharding = NamedSharding(mesh, P(rows_axes(mesh, rows)))
     replicated = NamedSharding(mesh, P())
     state = decoding.State(
-        cache=abstract_cache(experiment, mesh, experiment.data.sequence_length),
+        cache=cache.replace(is_empty=False),
         logits=jax.ShapeDtypeStruct((rows, experiment.model.vocab_size), jnp.float32, sharding=sharding),
         keys=jax.ShapeDtypeStruct((rows,), jax.eval_shape(lambda: jax.random.key(0)).dtype, sharding=sharding),
         drawn=jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated),
@@ -103,25 +108,6 @@ def _for_inference(experiment: Experiment, devices: Sequence[jax.Device]):
     dtype = jnp.dtype(experiment.execution.compute_dtype)
     params = jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, dtype, sharding=sharding), shapes, shardings)
     return mesh, model, {"params": params}
-
-
-def _row_axes(mesh, rows: int) -> tuple[str, ...] | None:
-    """The mesh axes over which rows lie, or None where they do not divide."""
-    return None if rows % math.prod(mesh.shape[axis] for axis in BATCH_AXES) else BATCH_AXES
-
-
-def abstract_cache(experiment: Experiment, mesh, length: int) -> Cache:
-    """A cache for rows of `length` tokens as shapes, rows and heads split as decoding has them (context_parallel.decode)."""
-    model, rows = experiment.model, experiment.data.batch_size
-    shapes = jax.eval_shape(lambda: Cache.create(model, rows, length, experiment.execution.compute_dtype))
-    axes = _row_axes(mesh, rows)
-    heads = None if model.num_kv_heads % mesh.shape["tensor"] else "tensor"
-
-    def place(leaf):
-        spec = P(None, axes, None, heads) if leaf.ndim == 5 else P(axes)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
-
-    return jax.tree.map(place, shapes)
 
 
 def abstract_batch(experiment: Experiment, mesh) -> Batch:

@@ -115,9 +115,7 @@ def as_text(plan: Plan) -> str:
     if m.misaligned:
         worst = sorted(m.misaligned, key=m.misaligned.get, reverse=True)[:4]
         more = f" and {len(m.misaligned) - len(worst)} more" if len(m.misaligned) > len(worst) else ""
-        blocks.append(
-            f"WARNING: shards that are no multiples of 16: {'; '.join(worst)}{more}. The compiler then gathers by all-reduce."
-        )
+        blocks.append(f"WARNING: shards that are no multiples of 16, padded to whole tiles: {'; '.join(worst)}{more}")
     if m.loops:
         loops = "; ".join(f"{loop.scope}: {loop.turns:g}" for loop in m.loops)
         blocks.append(f"loops whose turns depend on data, with the turns counted: {loops}")

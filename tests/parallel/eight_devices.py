@@ -28,6 +28,7 @@ from llama4_jax.config import (
     OptimizerConfig,
 )
 from llama4_jax.data.packing import PackedRows, TokenizedDocuments, check_windows, plan_packing
+from llama4_jax.inference import decoding
 from llama4_jax.model.linear import project
 from llama4_jax.model.llama4 import Llama4, init_params, logical_axes
 from llama4_jax.parallel import context_parallel
@@ -64,6 +65,7 @@ CASES = {
     "context_zigzag": ({"context": 4}, {"context_exchange": "ring", "context_layout": "zigzag"}),
     "context_no_promise": ({"context": 4}, {"context_exchange": "ring", "context_layout": "zigzag"}),
     "expert_gathered": ({"expert": 4}, {"expert_exchange": "all_gather"}),
+    "expert_weights": ({"fsdp": 2, "expert": 2, "tensor": 2}, {"expert_exchange": "gather_weights"}),
     "data_fsdp": ({"data": 2, "fsdp": 4}, {}),
     "fsdp_tensor": ({"fsdp": 4, "tensor": 2}, {"remat": "layer"}),
     "expert_tensor_gathered": ({"expert": 4, "tensor": 2}, {"expert_exchange": "all_gather"}),
@@ -163,6 +165,32 @@ def train_two_steps(model, mesh):
     )  # fmt: skip
 
 
+def read_and_decode(sizes) -> dict:
+    """A prompt over `context` and tokens behind it, one of which begins a new chunk, against a forward pass of all on one
+    device; what a device holds of the cache; and the collectives of decoding."""
+    model, rng, lengths, new, length = Llama4(CONFIG), np.random.default_rng(1), [46, 33], 6, 64
+    params = init_params(model, jax.random.key(3))
+    rows = jnp.asarray(rng.integers(0, CONFIG.vocab_size, (len(lengths), max(lengths) + new)))
+    expected = model.apply({"params": params}, rows).logits
+    prompts = [row[:n].tolist() for row, n in zip(rows, lengths, strict=True)]
+    tokens, segment_ids = decoding.padded(prompts, length, on_the_left=False)
+    mesh, errors = mesh_of(sizes), []
+    with use_mesh(mesh):
+        variables = {"params": jax.device_put(params, named_shardings(params, logical_axes(model), mesh))}
+        cache = decoding.empty_cache(model, len(rows), length)
+        logits, cache = decoding.prefill(model, variables, cache, tokens, segment_ids)
+        step = jax.jit(lambda variables, token, cache: model.apply(variables, token, cache=cache))
+        for i in range(new):
+            places = jnp.asarray(lengths) + i
+            want = jnp.take_along_axis(expected, places[:, None, None] - 1, axis=1)[:, 0]
+            errors.append(relative_error(np.asarray(logits), np.asarray(want)))
+            output = step(variables, jnp.take_along_axis(rows, places[:, None], axis=1), cache)
+            logits, cache = output.logits[:, 0], output.cache
+        sent = collectives(lambda *args: step(*args).logits, variables, rows[:, :1], cache)
+    held = [x.addressable_shards[0].data.size / x.size for x in cache.keys]
+    return {"error": max(errors), "held": held, "collectives": sent}
+
+
 def move_between_meshes(model, folder):
     checkpoints = RunCheckpoints(folder, CheckpointConfig(keep=1))
     state = create_state(model, OPTIMIZER, ".*", mesh_of({"fsdp": 8}), seed=1).replace(step=jnp.int32(3))
@@ -197,7 +225,12 @@ def collectives_of_attention(chunk, window, **execution) -> list[str]:
     def gradients(q, k, v, dout, segment_ids, positions, spans):
         mask = Mask(positions, segment_ids, chunk=chunk, document_window=window)
         attend = partial(
-            context_parallel.attention, mask=mask, spans=spans, local=local, execution=ExecutionConfig(**execution)
+            context_parallel.attention,
+            mask=mask,
+            spans=spans,
+            local=local,
+            execution=ExecutionConfig(**execution),
+            zigzag=context_parallel.zigzag_of(ExecutionConfig(**execution), ROWS, LENGTH),
         )
         out, pullback = jax.vjp(attend, q, k, v)
         return out, pullback(dout)
@@ -248,6 +281,7 @@ def count_collectives():
         gathered=collectives_of_attention(None, CHUNK, context_exchange="all_gather"),
         all_to_all=collectives_of_experts("all_to_all"),
         all_gather=collectives_of_experts("all_gather"),
+        gather_weights=collectives_of_experts("gather_weights"),
         projection=collectives_of_a_projection(),
     )
 
@@ -268,6 +302,8 @@ def main(folder: str, *cases: str) -> None:
         report(name, error=paths[worst], worst=worst)
     if folder != "-":
         count_collectives()
+        for name, sizes in (("read", {"context": 8}), ("read_on_a_mesh", {"data": 2, "context": 2, "tensor": 2})):
+            report(name, **read_and_decode(sizes))
         train_two_steps(model, mesh_of({"fsdp": 2, "expert": 2, "tensor": 2}))
         move_between_meshes(model, folder)
 

@@ -87,6 +87,18 @@ def test_tokens_travel_by_the_exchange_that_was_asked_for(records):
     sent = records["collectives"]
     assert sent["all_to_all"] == ["all-reduce", "all-to-all"]  # the all-reduce agrees on the number of rounds
     assert sent["all_gather"] == ["all-gather", "reduce-scatter"]
+    assert sent["gather_weights"] == ["all-gather"]
+
+
+@pytest.mark.parametrize("case, shares", [("read", [1, 1 / 8]), ("read_on_a_mesh", [1 / 4, 1 / 8])])
+def test_prompts_and_their_cache_lie_over_context(records, case, shares):
+    """Slots of the layer with RoPE on all shards of `context`, those of the NoPE layer split."""
+    assert records[case]["error"] < 1e-5
+    assert records[case]["held"] == shares
+
+
+def test_decoding_over_context_sends_no_keys(records):
+    assert records["read"]["collectives"] == ["all-reduce"]
 
 
 def test_a_projections_weight_is_gathered_and_its_gradient_scattered(records):
