@@ -90,7 +90,7 @@ def test_tokens_travel_by_the_exchange_that_was_asked_for(records):
     assert sent["gather_weights"] == ["all-gather"]
 
 
-@pytest.mark.parametrize("case, shares", [("read", [1, 1 / 8]), ("read_on_a_mesh", [1 / 4, 1 / 8])])
+@pytest.mark.parametrize("case, shares", [("read", [1, 1 / 8]), ("read_zigzag", [1 / 4, 1 / 8])])
 def test_prompts_and_their_cache_lie_over_context(records, case, shares):
     """Slots of the layer with RoPE on all shards of `context`, those of the NoPE layer split."""
     assert records[case]["error"] < 1e-5
