@@ -290,19 +290,23 @@ class DataConfig:
     sequence_length: int = 512  # T
     batch_size: int = 16  # B, over all devices and processes
     shuffle_seed: int = 0
+    max_bad_records: int = (
+        0  # records that may be left out because they cannot be read, each named in the log; more stop the run
+    )
+    # A run whose checkpoint is of other data (sources, weights, seed, tokenizer, batch size, anything above) is refused, or goes
+    # on with the checkpoint's parameters and reads the changed data from their beginning.
+    when_changed: Literal["refuse", "start_over"] = "refuse"
     format: Literal["text", "chat"] = "text"
     # With format=chat:
     loss_on: Literal["assistant", "last", "all"] = "assistant"  # which tokens count: the assistant's turns, its last one, all
     image_slots: int = 0  # I, image tiles that a row has room for, global tiles included
     image_tiles: int = 16  # of a picture at most, beside its global tile
-    bad_images: Literal["fail", "skip"] = (
-        "fail"  # a picture that cannot be read stops the run, or only its conversation is left out
-    )
 
     def __post_init__(self):
         _require_choices(self)
         _require_positive(self, "sequence_length", "batch_size", "image_tiles")
-        _require(self.image_slots >= 0, f"DataConfig.image_slots must be 0 or more, got {self.image_slots}")
+        for name in ("image_slots", "max_bad_records"):
+            _require(getattr(self, name) >= 0, f"DataConfig.{name} must be 0 or more, got {getattr(self, name)}")
         _require(
             self.format == "text" or self.prepared is None,
             f"DataConfig.prepared={self.prepared} holds text; conversations are read from `sources`",
@@ -377,11 +381,19 @@ class OptimizerConfig:
 
 @dataclasses.dataclass
 class CheckpointConfig:
+    """When a run is saved, and which checkpoints stay: the newest, and beside them those that the other fields name."""
+
     every: int = 200  # steps between checkpoints; the last step is always saved
     keep: int = 2  # newest checkpoints that stay
+    keep_every: int | None = None  # checkpoints of steps that are multiples of this stay for ever
+    keep_best: str | None = None  # the checkpoint with the best value of an evaluation stays, such as heldout.bits_per_byte
+    best_is: Literal["lowest", "highest"] = "lowest"
 
     def __post_init__(self):
+        _require_choices(self)
         _require_positive(self, "every", "keep")
+        if self.keep_every is not None:
+            _require_positive(self, "keep_every")
 
 
 @dataclasses.dataclass
@@ -436,6 +448,11 @@ class Experiment:
         _require(
             self.model.router_bias or not self.objective.bias_anneal_fraction,
             f"ObjectiveConfig.bias_anneal_fraction={self.objective.bias_anneal_fraction} needs ModelConfig.router_bias=true",
+        )
+        best = self.checkpoint.keep_best
+        _require(
+            best is None or best.partition(".")[0] in self.evaluations,
+            f"CheckpointConfig.keep_best={best} must be EVALUATION.VALUE of one of {', '.join(self.evaluations) or 'no evaluations'}",
         )
         chunk, length = self.model.attention_chunk_size, self.data.sequence_length
         _require(

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 import tensorstore as ts
@@ -17,6 +18,7 @@ import tensorstore as ts
 from llama4_jax.checkpoints.file_tensor import Index
 from llama4_jax.checkpoints.files import FilesBeside, read_json
 from llama4_jax.checkpoints.layout import layout
+from llama4_jax.checkpoints.manifest import Damaged, require_whole
 from llama4_jax.checkpoints.model_json import config_from_json, config_from_settings
 from llama4_jax.checkpoints.readers import leaves_by_path
 from llama4_jax.checkpoints.tensors import TensorInfo
@@ -52,13 +54,14 @@ class OrbaxReader:
         Args:
             folder: of weights (config.json and params/), of a run (its newest step is read), or of one of its steps.
         """
+        self._unverified: Path | None = None
         if is_weights(folder):
             settings = read_json(folder / CONFIG)
             self.config = config_from_json(settings.get("model"), str(folder / CONFIG))
             self.beside = FilesBeside(folder)
             arrays = _open_arrays(folder / PARAMS)
         else:
-            step = _step_folder(folder)
+            step = self._unverified = _step_folder(folder)
             experiment = step.parent.parent / EXPERIMENT
             self.beside = FilesBeside(experiment.parent)
             self.config = config_from_settings(read_json(experiment), str(experiment))
@@ -74,11 +77,21 @@ class OrbaxReader:
         }
 
     def read(self, name: str, index: Index = ()) -> np.ndarray:
+        self._verify()
         placed = self._placed[name]
         try:
             return placed.read_from(functools.partial(_read_array, self._arrays[placed.path]), index)
         except ValueError as error:  # TensorStore's, for missing and damaged files
             raise UserError(f"{self.tensors[name].place} cannot be read: {_first_line(error)}") from None
+
+    def _verify(self) -> None:
+        """Before the first tensor of a run's step is believed. Of several processes, which all read it, each verifies a share."""
+        step, self._unverified = self._unverified, None
+        if step is not None:
+            try:
+                require_whole(step, share=(jax.process_index(), jax.process_count()))
+            except Damaged as damage:
+                raise UserError(f"{step} is damaged: {damage}; name another step of the run") from None
 
     def __enter__(self) -> "OrbaxReader":
         return self

@@ -1,28 +1,50 @@
 """Checkpoints of a training run: what it takes to go on bit for bit after any interruption.
 
-A checkpoint holds the training state, the data iterator's state and the experiment's fingerprint. Orbax writes it in
-the background and renames it to its step number when it is whole.
+A checkpoint holds the training state, the data iterator's state and the experiment's fingerprint. It is written behind the
+training steps, in this order, so that a folder whose name is a number is whole whenever the machine stops:
+
+    12.saving...    Orbax writes its files here
+    12.saving       all of them are there; each process reads back what it wrote and sums it up
+    12.saving       + manifest.json, on the disk
+    12              it counts; only now others are deleted: 4 becomes 4.deleted, then nothing
+
+Before a checkpoint is believed, every byte is compared with its manifest. One that is not what was written becomes
+12.damaged-1, is told, and the newest whole one before it is taken. The file `checkpoints.newest` beside the folder says which
+step was saved last, so that a folder that is suddenly empty, such as a disk that is not mounted, is no new run.
 """
 
 import contextlib
+import dataclasses
 import logging
 import re
 import shutil
-from dataclasses import dataclass
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from tqdm import tqdm
 
+from llama4_jax.checkpoints import manifest
+from llama4_jax.checkpoints.keep import require_known_value, superfluous
+from llama4_jax.checkpoints.manifest import Damaged, Manifest
+from llama4_jax.checkpoints.partial_folder import sync_folder, write_durably
+from llama4_jax.config import CheckpointConfig
 from llama4_jax.errors import UserError
 from llama4_jax.parallel import processes
 
 PyTree = Any
 logger = logging.getLogger(__name__)
 
+_SAVING, _DELETED = ".saving", ".deleted"
+_LEFTOVER = re.compile(rf"\d+({_SAVING}|{_DELETED}|\.orbax-checkpoint-tmp).*")
+_SET_ASIDE = re.compile(r"\d+\.damaged-\d+")
+_LIMIT_SECONDS = 4 * 3600  # that a process waits for the others to write or read their part
 
-@dataclass
+
+@dataclasses.dataclass(frozen=True)
 class Restored:
     """One checkpoint.
 
@@ -39,152 +61,308 @@ class Restored:
     fingerprint: dict[str, Any]
 
 
-class RunCheckpoints:
-    """The checkpoints of one run, in one folder.
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    """A checkpoint that has become durable: it is on the disk, and its checksums with it.
 
-    Opening a folder clears what an interrupted save left behind, and sets damaged steps aside under another name.
+    Attributes:
+        step: of the run.
+        bytes: of all its files.
+        blocked_seconds: that training stood still for it.
+        save_seconds: from the call of `save` until it was durable.
     """
 
-    def __init__(self, folder: Path, *, keep: int):
-        """Raises UserError when the folder cannot be made or written."""
-        self.folder = Path(folder).absolute()
+    step: int
+    bytes: int
+    blocked_seconds: float
+    save_seconds: float
+
+
+class RunCheckpoints:
+    """The checkpoints of one run, in one folder. Of several processes all make the same calls in the same order."""
+
+    def __init__(self, folder: Path, config: CheckpointConfig):
+        """Opens the folder and clears what an interrupted save or deletion left. Raises UserError when it cannot be written."""
+        self.folder, self._config = Path(folder).absolute(), config
+        self._last = self.folder.with_name(f"{self.folder.name}.newest")
         processes.from_first("the folder of checkpoints", self._clear)
-        self._saving: int | None = None
-        self._manager = ocp.CheckpointManager(
-            self.folder,
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True),
-            item_handlers={
-                "state": ocp.StandardCheckpointHandler(),
-                "data": ocp.JsonCheckpointHandler(),
-                "fingerprint": ocp.JsonCheckpointHandler(),
-            },
+        self._writing: _Writing | None = None
+        self._saved: list[Saved] = []  # not asked for yet
+        self._whole: int | None = None  # the step that was verified, until it is restored
+        self._checkpointer = ocp.AsyncCheckpointer(
+            ocp.CompositeCheckpointHandler(
+                state=ocp.StandardCheckpointHandler(),
+                data=ocp.JsonCheckpointHandler(),
+                fingerprint=ocp.JsonCheckpointHandler(),
+            )
         )
 
     def _clear(self) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            for path in list(self.folder.iterdir()):
+                if path.is_dir() and _LEFTOVER.fullmatch(path.name):
+                    shutil.rmtree(path)
         except OSError as error:
             raise UserError(f"cannot write checkpoints to {self.folder}: {error.strerror}") from error
-        for leftover in self.folder.glob("*.orbax-checkpoint-tmp*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        for step in self._steps():
-            if not _is_complete(self.folder / str(step)):
-                self._set_aside(step, "incomplete")
 
-    def save(self, step: int, state: PyTree, data: dict[str, Any], fingerprint: dict[str, Any]) -> None:
+    # --------------------------------------------------------------------------------------------------------------------
+    # Saving
+
+    def save(
+        self,
+        step: int,
+        state: PyTree,
+        data: dict[str, Any],
+        fingerprint: dict[str, Any],
+        values: dict[str, float] | None = None,
+        *,
+        may_skip: bool = False,
+    ) -> bool:
         """Copies everything to host memory and returns; files are written behind. The arrays may be donated afterwards.
 
+        Args:
+            values: of evaluations at this step, such as heldout.bits_per_byte, by which the best checkpoint is kept.
+            may_skip: when the save before is not done yet, say so and save nothing. Otherwise, wait for it.
+
+        Returns whether it is being saved.
+
         Raises:
-            UserError: the disk has no room, or an earlier save failed.
+            UserError: the disk has no room, an earlier save failed, or `values` lack the one that says which is best.
         """
-        self.wait()  # a disk slower than the cadence holds training up rather than filling memory
-        needed = sum(x.nbytes for x in jax.tree.leaves(state))
-        free = shutil.disk_usage(self.folder).free
-        if free < needed:
-            raise UserError(
-                f"no room for the checkpoint of step {step}: it needs {needed:,} bytes and {self.folder} has {free:,}"
-            )
-        self._saving = step
+        require_known_value(self._config, values or {})
+        if may_skip and self._is_busy():
+            if processes.is_first():
+                logger.warning(
+                    "no checkpoint of step %d: that of step %d is still being written after %.0f s; the disk is too slow for "
+                    "checkpoint.every",
+                    step,
+                    self._writing.step,
+                    time.perf_counter() - self._writing.begin,
+                )
+            return False
+        self._settle()
+        begin = time.perf_counter()
+        self._require_room(step, sum(x.nbytes for x in jax.tree.leaves(state)))
         items = {
             "state": ocp.args.StandardSave(_flat(state)),
             "data": ocp.args.JsonSave(data),
             "fingerprint": ocp.args.JsonSave(fingerprint),
         }
         try:
-            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+            self._checkpointer.save(self._saving(step), args=ocp.args.Composite(**items), force=True)
         except (OSError, ValueError) as error:
-            raise self._save_error(error) from error
+            raise self._save_error(step, error) from error
+        self._writing = _Writing(step, begin, lambda: self._finish(step, values or {}))
+        self._writing.blocked_seconds = time.perf_counter() - begin
+        return True
 
-    def check(self) -> None:
-        """Raises UserError if a save failed in the background."""
-        try:
-            self._manager.check_for_errors()
-        except Exception as error:
-            raise self._save_error(error) from error
+    def check(self) -> list[Saved]:
+        """The saves that have become durable since it was last asked. Raises UserError if one failed."""
+        if self._writing is not None and not self._writing.is_alive():
+            self._settle()
+        saved, self._saved = self._saved, []
+        return saved
 
-    def wait(self) -> None:
-        """Returns when the last save is on disk. Raises UserError if it failed."""
-        try:
-            self._manager.wait_until_finished()
-        except Exception as error:
-            raise self._save_error(error) from error
-        if self._saving is not None and processes.is_first() and not _is_complete(self.folder / str(self._saving)):
-            raise self._save_error(FileNotFoundError("its files are gone"))
+    def wait(self) -> list[Saved]:
+        """Returns what `check` does when the last save is durable. Raises UserError if it failed."""
+        self._settle()
+        return self.check()
+
+    def _settle(self) -> None:
+        if self._writing is None:
+            return
+        begin = time.perf_counter()
+        self._writing.join()
+        writing, self._writing = self._writing, None
+        if writing.error is not None:
+            raise self._save_error(writing.step, writing.error) from writing.error
+        blocked = writing.blocked_seconds + time.perf_counter() - begin
+        self._saved.append(Saved(writing.step, writing.bytes, blocked, writing.seconds))
 
     def close(self) -> None:
-        self._manager.close()
+        """Ends the writing. What `wait` would raise is only logged: call that first."""
+        try:
+            self._settle()
+        except UserError as error:
+            logger.warning("%s", error)
+        with contextlib.suppress(Exception):  # told above
+            self._checkpointer.close()
+
+    def _saving(self, step: int) -> Path:
+        return self.folder / f"{step}{_SAVING}"
+
+    def _is_busy(self) -> bool:
+        """As process 0 sees it, for all to do the same."""
+        return processes.from_first(
+            "whether a checkpoint is being written", lambda: bool(self._writing and self._writing.is_alive())
+        )
+
+    def _require_room(self, step: int, needed: int) -> None:
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise UserError(
+                f"no room for the checkpoint of step {step}: it needs {needed:,} bytes and {self.folder} has {free:,}"
+            )
+
+    def _finish(self, step: int, values: dict[str, float]) -> int:
+        """In the background: from Orbax's files to a checkpoint that counts. Returns its bytes."""
+        self._checkpointer.wait_until_finished()
+        folder = self._saving(step)
+
+        def sum_own() -> dict[str, tuple[int, str]]:
+            return manifest.sum_files(folder, manifest.written_by(folder, jax.process_index(), jax.process_count()))
+
+        sums = processes.to_first(f"the checksums of step {step}", sum_own, limit_seconds=_LIMIT_SECONDS)
+
+        def publish() -> int:
+            whole = Manifest(step, values, {name: tuple(sum) for part in sums for name, sum in part.items()})
+            try:
+                manifest.require_nothing_else(folder, whole)
+                manifest.write_manifest(folder, whole)
+                folder.rename(self.folder / str(step))
+                sync_folder(self.folder)
+                write_durably(self._last, f"{step}\n".encode())
+                self._delete_superfluous()
+            except OSError as error:
+                raise UserError(error.strerror or str(error)) from error
+            return whole.bytes
+
+        return processes.from_first(f"the checkpoint of step {step}", publish, limit_seconds=_LIMIT_SECONDS)
+
+    def _delete_superfluous(self) -> None:
+        known = {}
+        for step in self._steps():
+            with contextlib.suppress(Damaged):  # it is found out when it is asked for; here it counts by its step
+                known[step] = {}
+                known[step] = manifest.read_manifest(self.folder / str(step)).values
+        for step in superfluous(self._config, known):
+            gone = (self.folder / str(step)).rename(self.folder / f"{step}{_DELETED}")
+            shutil.rmtree(gone)
+
+    def _save_error(self, step: int, error: Exception) -> UserError:
+        return UserError(f"saving the checkpoint of step {step} to {self.folder} failed: {_first_line(error)}")
+
+    # --------------------------------------------------------------------------------------------------------------------
+    # Restoring
+
+    def newest_step(self) -> int | None:
+        """The newest step whose checkpoint is whole, every byte of it, or None when the folder never held one.
+
+        Newer ones that are not are set aside under another name, each with a warning.
+
+        Raises:
+            UserError: the folder held checkpoints, but none is whole.
+        """
+        self._settle()
+        steps, last, aside = processes.from_first("the list of checkpoints", self._look)
+        if last is not None and last not in steps and last not in aside and steps and processes.is_first():
+            logger.warning("the checkpoint of step %d, which was saved last, is gone from %s", last, self.folder)
+        for step in steps:
+            damage = None if step == self._whole else self._damage(step)
+            if damage is None:
+                self._whole = step
+                return step
+            processes.from_first("a damaged checkpoint", lambda step=step, damage=damage: self._set_aside(step, damage))
+        if steps or aside or last is not None:
+            processes.from_first("that no checkpoint is whole", self._refuse_to_begin)
+        return None
 
     def restore_newest(self, target: PyTree) -> Restored | None:
-        """The newest checkpoint that can be read, or None when the folder never held one.
-
-        A checkpoint that cannot be read is set aside and the one before it is tried, with a warning. Of several processes, some
-        of which may have read their parts, the job ends instead; started again, it tries the one before.
+        """The checkpoint of `newest_step`, or None when there never was one.
 
         Args:
             target: a tree of ShapeDtypeStructs with shardings; any mesh will do.
 
         Raises:
-            UserError: the folder held checkpoints but none can be read, or one holds arrays of other names, shapes or dtypes.
+            UserError: as `newest_step`; or the checkpoint holds arrays of other names, shapes or dtypes.
         """
-        for step in processes.from_first("the list of checkpoints", lambda: sorted(self._steps(), reverse=True)):
-            try:
-                saved = self._manager.item_metadata(step)["state"]
-            except Exception as error:
-                self._set_aside(step, "damaged", error)
-                continue
-            _require_same_arrays(dict(saved), _flat(target), self.folder / str(step))
-            items = {
-                "state": ocp.args.StandardRestore(_flat(target)),
-                "data": ocp.args.JsonRestore(),
-                "fingerprint": ocp.args.JsonRestore(),
-            }
-            try:
-                items = self._manager.restore(step, args=ocp.args.Composite(**items))
-            except Exception as error:
-                self._set_aside(step, "damaged", error)
-                continue
-            state = jax.tree.unflatten(jax.tree.structure(target), [items["state"][path] for path in _flat(target)])
-            return Restored(step=step, state=state, data=items["data"], fingerprint=items["fingerprint"])
-        if aside := sorted(path.name for path in self.folder.iterdir() if _SET_ASIDE.fullmatch(path.name)):
-            raise UserError(
-                f"no checkpoint in {self.folder} can be read (set aside: {', '.join(aside)}); "
-                f"repair one, or delete the folder to start from step 0"
-            )
-        return None
+        step = self.newest_step()
+        if step is None:
+            return None
+        folder = self.folder / str(step)
+        saved = self._checkpointer.metadata(folder).item_metadata["state"].tree
+        _require_same_arrays(dict(saved), _flat(target), folder)
+        items = {
+            "state": ocp.args.StandardRestore(_flat(target)),
+            "data": ocp.args.JsonRestore(),
+            "fingerprint": ocp.args.JsonRestore(),
+        }
+        items = self._checkpointer.restore(folder, args=ocp.args.Composite(**items))
+        self._whole = None
+        state = jax.tree.unflatten(jax.tree.structure(target), [items["state"][path] for path in _flat(target)])
+        return Restored(step=step, state=state, data=items["data"], fingerprint=items["fingerprint"])
 
-    def newest_step(self) -> int | None:
-        """The newest step on disk."""
-        return processes.from_first("the newest checkpoint", lambda: max(self._steps(), default=None))
+    def _damage(self, step: int) -> str | None:
+        """What is wrong with a checkpoint, each process having read its share of the files; None: it is whole."""
+        folder, share = self.folder / str(step), (jax.process_index(), jax.process_count())
+        bar = tqdm(desc=f"verifying checkpoint {step}", unit="B", unit_scale=True, delay=5, disable=not processes.is_first())
+
+        def verify() -> str | None:
+            with bar:
+                try:
+                    manifest.require_whole(folder, step=step, share=share, advance=bar.update)
+                except Damaged as damage:
+                    return str(damage)
+
+        found = processes.to_first(f"verifying checkpoint {step}", verify, limit_seconds=_LIMIT_SECONDS)
+        return processes.from_first(
+            f"whether checkpoint {step} is whole", lambda: next(filter(None, found), None), limit_seconds=_LIMIT_SECONDS
+        )
+
+    def _look(self) -> tuple[list[int], int | None, list[int]]:
+        """The steps that there are, newest first; the one that was saved last; those that were set aside."""
+        try:
+            last = int(self._last.read_text())
+        except (FileNotFoundError, ValueError):
+            last = None
+        aside = [int(path.name.partition(".")[0]) for path in self._aside()]
+        return sorted(self._steps(), reverse=True), last, aside
+
+    def _refuse_to_begin(self) -> None:
+        aside = ", ".join(path.name for path in self._aside())
+        what = (
+            f"no checkpoint in {self.folder} can be read (set aside: {aside})"
+            if aside
+            else f"no checkpoint is in {self.folder}"
+        )
+        raise UserError(
+            f"{what}, but one was saved; bring one back, or delete {self._last} and what was set aside to start anew"
+        )
 
     def _steps(self) -> list[int]:
         return [int(path.name) for path in self.folder.iterdir() if path.is_dir() and re.fullmatch(r"\d+", path.name)]
 
-    def _set_aside(self, step: int, reason: str, error: Exception | None = None) -> None:
+    def _aside(self) -> list[Path]:
+        return sorted(path for path in self.folder.iterdir() if _SET_ASIDE.fullmatch(path.name))
+
+    def _set_aside(self, step: int, damage: str) -> None:
         source = self.folder / str(step)
-        numbers = (n for n in range(1, 1_000_000))
-        target = next(path for n in numbers if not (path := self.folder / f"{step}.{reason}-{n}").exists())
-        with contextlib.suppress(FileNotFoundError):  # another process was first
+        target = next(path for n in range(1, 1_000_000) if not (path := self.folder / f"{step}.damaged-{n}").exists())
+        try:
             source.rename(target)
-        because = f": {_first_line(error)}" if error else ""
-        logger.warning("checkpoint %s is %s and was renamed to %s%s", source, reason, target.name, because)
-        if jax.process_count() > 1 and error:
-            raise RuntimeError(f"checkpoint {source} cannot be read{because}") from error
-        if hasattr(self, "_manager"):
-            self._manager.reload()
-
-    def _save_error(self, error: Exception) -> UserError:
-        return UserError(f"saving the checkpoint of step {self._saving} to {self.folder} failed: {_first_line(error)}")
+        except OSError as error:
+            raise UserError(f"checkpoint {source} is damaged ({damage}) and cannot be renamed: {error.strerror}") from error
+        logger.warning("checkpoint %s is damaged and was renamed to %s: %s", source, target.name, damage)
 
 
-_SET_ASIDE = re.compile(r"\d+\.(incomplete|damaged)-\d+")
+class _Writing(threading.Thread):
+    """One save, from its files to the checkpoint that counts."""
 
+    def __init__(self, step: int, begin: float, finish):
+        super().__init__(name="checkpoint", daemon=True)  # of one name for all saves: see processes
+        self.step, self.begin, self._finish = step, begin, finish
+        self.blocked_seconds = self.seconds = 0.0
+        self.bytes = 0
+        self.error: Exception | None = None
+        self.start()
 
-def _is_complete(folder: Path) -> bool:
-    """Whether a step's folder holds all that Orbax puts there. (Its files' contents are not verified.)"""
-    return all(
-        (folder / name).exists()
-        for name in ("_CHECKPOINT_METADATA", "state/_METADATA", "data/metadata", "fingerprint/metadata")
-    )
+    def run(self) -> None:
+        try:
+            self.bytes = self._finish()
+        except Exception as error:
+            self.error = error
+        self.seconds = time.perf_counter() - self.begin
 
 
 def _flat(tree: PyTree) -> dict[str, Any]:

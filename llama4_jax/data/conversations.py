@@ -7,6 +7,7 @@ headers of its pictures are read; they are decoded with the batches that show th
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -21,7 +22,8 @@ from jaxtyping import Bool, Int, Integer, UInt8
 from tqdm import tqdm
 
 from llama4_jax.config import DataConfig, ModelConfig
-from llama4_jax.data.corpus import Corpus, CorpusCounts, require_same_inputs, without_paths
+from llama4_jax.data.bad_records import BadRecord, BadRecords
+from llama4_jax.data.corpus import ChangedData, Corpus, CorpusCounts, require_same_inputs, without_paths
 from llama4_jax.data.deduplicate import is_held_out
 from llama4_jax.data.digest import ContentDigest
 from llama4_jax.data.documents import require_both_parts, token_dtype
@@ -35,19 +37,26 @@ from llama4_jax.processing.ranks import named_special_tokens
 from llama4_jax.processing.tokenizer import Tokenizer
 
 _FORMAT = 1  # rises when the same input would give other rows
-_MANIFEST, _SKIPPED = "corpus.json", "skipped.jsonl"
+_MANIFEST, _SKIPPED = "corpus.json", "skipped.txt"
 _DECODERS = 8  # threads
 
 
 class ConversationDocuments:
     """Conversations in memory: their ids, what counts of them, and where their pictures are."""
 
-    def __init__(self, texts: Sequence[TrainingText], sources: Sequence[int], processor: Processor, config: DataConfig):
+    def __init__(
+        self,
+        texts: Sequence[TrainingText],
+        sources: Sequence[int],
+        processor: Processor,
+        config: DataConfig,
+        bad: BadRecords,
+    ):
         dtype = token_dtype(processor.tokenizer)
         self._ids = [np.array(text.tokens, dtype) for text in texts]
         self.lengths = np.array([len(ids) for ids in self._ids], np.int64)
         self.sources = np.array(sources, np.int32)
-        self.extras = ConversationExtras(texts, processor, config)
+        self.extras = ConversationExtras(texts, processor, config, bad)
 
     def read(self, documents: Int[np.ndarray, "n"]) -> list[Integer[np.ndarray, "tokens"]]:
         """The ids of these conversations."""
@@ -57,14 +66,14 @@ class ConversationDocuments:
 class ConversationExtras:
     """What counts of conversations, and their tiles, decoded when they are asked for."""
 
-    def __init__(self, texts: Sequence[TrainingText], processor: Processor, config: DataConfig):
+    def __init__(self, texts: Sequence[TrainingText], processor: Processor, config: DataConfig, bad: BadRecords):
         vision = processor.config.vision
         side = 0 if vision is None else vision.image_size
         self.image_slots, self.tile_shape = config.image_slots, (side, side, 3)
         self.tiles = np.array([text.num_tiles for text in texts], np.int64)
         self._counted = [np.array(text.counted, bool) for text in texts]
         self._shown = [text.shown for text in texts]
-        self._processor, self._skips_bad = processor, config.bad_images == "skip"
+        self._processor, self._bad = processor, bad
 
     @functools.cached_property
     def _decoders(self) -> concurrent.futures.Executor:
@@ -77,8 +86,8 @@ class ConversationExtras:
     def images(self, documents: Int[np.ndarray, "n"]) -> list[UInt8[np.ndarray, "i h w 3"] | None]:
         """The tiles of these conversations, decoded in threads.
 
-        A picture that turns out to be damaged raises ImageError; with bad_images=skip its conversation has None, and a
-        warning names it.
+        A conversation with a picture that turns out to be damaged is a bad record: it has None, or there are too many of them
+        and UserError is raised.
         """
         if not any(self._shown[i] for i in documents):
             return [np.zeros((0, *self.tile_shape), np.uint8)] * len(documents)
@@ -88,9 +97,7 @@ class ConversationExtras:
         try:
             tiles = [np.zeros((0, *self.tile_shape), np.uint8), *map(self._processor.tiles, self._shown[document])]
         except ImageError as error:
-            if not self._skips_bad:
-                raise
-            warnings.warn(f"a conversation does not count, for {error}", stacklevel=2)
+            self._bad.leave_out(error)
             return None
         tiles = np.concatenate(tiles)
         if len(tiles) != self.tiles[document]:
@@ -107,29 +114,32 @@ def prepare_conversations(
 ) -> Corpus:
     """Reads the conversations of `config`, drops exact duplicates, splits them, encodes and packs them.
 
-    `cache_dir` receives the processor's files, the held-out answers, and `skipped.jsonl`: what was left out, and why. A run
+    `cache_dir` receives the processor's files, the held-out answers, and `skipped.txt`: what was left out, and why. A run
     that goes on takes its tokenizer from there, and is refused where its input has changed.
 
-    Raises UserError for every fault of the sources, with file and line; for a picture that cannot be read (unless
-    bad_images=skip); and when nothing is left to train on or to hold out.
+    Raises UserError for every fault of the sources, with file and line, and for a picture that cannot be read, where they are
+    more than `max_bad_records`; and when nothing is left to train on or to hold out.
     """
     cache_dir = Path(cache_dir)
     if not config.sources:
         raise UserError("DataConfig.sources is empty: give files or folders of JSON lines")
     _require_room(config, model)
-    records = [(i, r) for i, source in enumerate([*config.sources, *config.heldout_sources]) for r in iterate_records(source)]
+    bad = BadRecords(config.max_bad_records)
+    sources = enumerate([*config.sources, *config.heldout_sources])
+    records = [(i, record) for i, source in sources for record in iterate_records(source, bad)]
     kept, duplicates = _split(config, records)
     inputs = _describe_inputs(config, records, model, document_window)
     manifest = _read_manifest(cache_dir, inputs)
     processor = _processor(config, model, cache_dir, [r for _, r, part in kept if part == "train"], made=manifest is not None)
-    texts, skipped = _encode(config, processor, kept, progress)
+    texts, too_large = _encode(config, processor, kept, bad, progress)
     rows = {
-        part: _pack(config, processor, [t for t in texts if t[2] == part], document_window) for part in ("train", "heldout")
+        part: _pack(config, processor, [t for t in texts if t[2] == part], document_window, bad)
+        for part in ("train", "heldout")
     }
     require_both_parts(config, *(len(rows[part].documents.lengths) for part in ("train", "heldout")))
-    fingerprint = _fingerprint(inputs, texts)
-    if manifest is not None and manifest["fingerprint"] != fingerprint:
-        raise UserError(f"pictures that {cache_dir} was prepared from have changed: undo that, or use another work directory")
+    identity = _identity(inputs, texts)
+    if manifest is not None and manifest["tokens"] != identity["tokens"]:
+        raise ChangedData(f"pictures that {cache_dir} was prepared from have changed: undo that, or use another work directory")
     answers = [_answers(processor, text) for _, text, part in texts if part == "heldout"]
     counts = CorpusCounts(
         documents=len(records),
@@ -142,16 +152,16 @@ def prepare_conversations(
         heldout_tokens=int(rows["heldout"].documents.lengths.sum()),
         train_padding_share=rows["train"].padding_share,
         heldout_padding_share=rows["heldout"].padding_share,
-        skipped=len(skipped),
+        skipped=len(too_large) + len(bad.found),
     )
     if not counts.heldout_bytes:
         raise UserError(f"of the held-out conversations no text counts with DataConfig.loss_on={config.loss_on}")
     if manifest is None:
-        _write(cache_dir, processor, answers, skipped, inputs, counts, fingerprint)
-    if skipped:
-        first = f"{skipped[0]['place']}: {skipped[0]['reason']}"
+        _write(cache_dir, processor, answers, bad.found + too_large, inputs, counts, identity["tokens"])
+    if too_large:
         warnings.warn(
-            f"{len(skipped)} of {len(records)} conversations are left out, see {cache_dir / _SKIPPED}; {first}", stacklevel=2
+            f"{len(too_large)} of {len(records)} conversations are left out, see {cache_dir / _SKIPPED}; {too_large[0]}",
+            stacklevel=2,
         )
     return Corpus(
         tokenizer=processor.tokenizer,
@@ -159,7 +169,7 @@ def prepare_conversations(
         train=rows["train"],
         heldout=rows["heldout"],
         counts=counts,
-        fingerprint=fingerprint,
+        identity=identity,
         directory=cache_dir,
         processor=processor,
     )
@@ -201,7 +211,8 @@ def _processor(config: DataConfig, model: ModelConfig, cache_dir: Path, training
 def _texts(records: Sequence[Record]) -> Iterator[str]:
     """Every text of conversations, for a tokenizer to learn from."""
     for record in records:
-        messages, _ = _messages(record)
+        with contextlib.suppress(BadRecord):  # told when it is encoded
+            messages, _ = _messages(record)
         for message in messages:
             content = message.get("content") if isinstance(message, dict) else None
             parts = content if isinstance(content, list) else [{"text": content}]
@@ -218,45 +229,49 @@ def _messages(record: Record) -> tuple[list[Any], dict[str, Any]]:
         prompt = [*({"type": "image"} for _ in images), {"type": "text", "text": value["prompt"]}]
         messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": value["response"]}]
         return messages, {"tools": None, "images": images}
-    raise UserError(f"{record.place} must hold `messages`, or `prompt` and `response`, got {value!r:.80}")
+    raise BadRecord(f"{record.place} must hold `messages`, or `prompt` and `response`, got {value!r:.80}")
 
 
 def _images(record: Record) -> list[Any]:
     images = record.value.get("images") or []
     if not isinstance(images, list):
-        raise UserError(f"{record.place}: images must be a list, got {images!r:.80}")
+        raise BadRecord(f"{record.place}: images must be a list, got {images!r:.80}")
     return images
 
 
 def _encode(
-    config: DataConfig, processor: Processor, kept, progress: bool
-) -> tuple[list[tuple[int, TrainingText, str]], list[dict]]:
-    """Each conversation that fits a row, and what was left out."""
-    texts, skipped = [], []
+    config: DataConfig, processor: Processor, kept, bad: BadRecords, progress: bool
+) -> tuple[list[tuple[int, TrainingText, str]], list[str]]:
+    """Each conversation that fits a row, and what was left out because it does not."""
+    texts, too_large = [], []
     for source, record, part in tqdm(kept, "reading conversations", unit=" conversations", delay=5, disable=not progress):
-        messages, beside = _messages(record)
-        reason = None
         try:
-            text = processor.conversation(messages, loss_on=config.loss_on, folder=Path(record.folder), **beside)
-        except ImageError as error:
-            if config.bad_images == "fail":
-                raise UserError(f"{record.place}: {error}; or set DataConfig.bad_images=skip") from None
-            reason = str(error)
-        except UserError as error:
-            raise UserError(f"{record.place}: {error}") from None
-        if reason is None and len(text.tokens) > config.sequence_length + 1:
+            text = _encode_one(config, processor, record)
+        except BadRecord as error:
+            bad.leave_out(error)
+            continue
+        if len(text.tokens) > config.sequence_length + 1:
             reason = f"{len(text.tokens)} tokens do not fit DataConfig.sequence_length={config.sequence_length}"
-        elif reason is None and text.num_tiles > config.image_slots:
+            too_large.append(f"{record.place}: {reason}")
+        elif text.num_tiles > config.image_slots:
             reason = f"{text.num_tiles} image tiles do not fit DataConfig.image_slots={config.image_slots}"
-        if reason is None:
-            texts.append((source, text, part))
+            too_large.append(f"{record.place}: {reason}")
         else:
-            skipped.append({"place": record.place, "reason": reason})
-    return texts, skipped
+            texts.append((source, text, part))
+    return texts, too_large
 
 
-def _pack(config: DataConfig, processor: Processor, texts, document_window: int | None) -> PackedRows:
-    documents = ConversationDocuments([text for _, text, _ in texts], [source for source, _, _ in texts], processor, config)
+def _encode_one(config: DataConfig, processor: Processor, record: Record) -> TrainingText:
+    messages, beside = _messages(record)
+    try:
+        return processor.conversation(messages, loss_on=config.loss_on, folder=Path(record.folder), **beside)
+    except UserError as error:
+        raise BadRecord(f"{record.place}: {error}") from None
+
+
+def _pack(config: DataConfig, processor: Processor, texts, document_window: int | None, bad: BadRecords) -> PackedRows:
+    sources = [source for source, _, _ in texts]
+    documents = ConversationDocuments([text for _, text, _ in texts], sources, processor, config, bad)
     plan = plan_rows(documents, np.arange(len(texts)), config.sequence_length, document_window)
     return PackedRows(documents, plan, config.sequence_length, document_window)
 
@@ -281,7 +296,7 @@ def _describe_inputs(config: DataConfig, records, model: ModelConfig, document_w
                 digest.add(Document(record.name, json.dumps(record.value, sort_keys=True)))
         sources.append({"source": name} | digest.summary())
     settings = ("sequence_length", "heldout_fraction", "deduplicate", "tokenizer", "tokenizer_ranks", "loss_on")
-    settings += ("image_slots", "image_tiles", "bad_images")
+    settings += ("image_slots", "image_tiles")
     return {
         "format": _FORMAT,
         "sources": sources[: len(config.sources)],
@@ -298,7 +313,7 @@ def _read_manifest(cache_dir: Path, inputs: dict[str, Any]) -> dict[str, Any] | 
     if not (cache_dir / _MANIFEST).exists():
         return None
     try:
-        manifest = json.loads((cache_dir / _MANIFEST).read_text(encoding="utf-8"))
+        manifest = unsealed_json((cache_dir / _MANIFEST).read_text(encoding="utf-8"))
         require_same_inputs(manifest["inputs"], inputs, cache_dir)
     except UserError:
         raise
@@ -307,22 +322,22 @@ def _read_manifest(cache_dir: Path, inputs: dict[str, Any]) -> dict[str, Any] | 
     return manifest
 
 
-def _fingerprint(inputs: dict[str, Any], texts: Sequence[tuple[int, TrainingText, str]]) -> str:
+def _identity(inputs: dict[str, Any], texts: Sequence[tuple[int, TrainingText, str]]) -> dict[str, Any]:
     """Of the input and of the tokens, which the sizes of pictures decide; where the sources lie does not matter."""
-    digest = hashlib.blake2b(json.dumps(without_paths(inputs), sort_keys=True).encode(), digest_size=16)
+    digest = hashlib.blake2b(digest_size=16)
     for _, text, _ in texts:
         digest.update(np.array(text.tokens, np.int32).tobytes())
-    return digest.hexdigest()
+    return without_paths(inputs) | {"tokens": digest.hexdigest()}
 
 
-def _write(cache_dir: Path, processor: Processor, answers, skipped, inputs, counts: CorpusCounts, fingerprint: str) -> None:
-    manifest = {"inputs": inputs, "counts": dataclasses.asdict(counts), "fingerprint": fingerprint}
+def _write(
+    cache_dir: Path, processor: Processor, answers, skipped: list[str], inputs, counts: CorpusCounts, tokens: str
+) -> None:
+    manifest = {"inputs": inputs, "counts": dataclasses.asdict(counts), "tokens": tokens}
     try:
         processor.save(cache_dir)
         (cache_dir / HELDOUT_TEXT).write_bytes(b"".join(answers))
-        (cache_dir / _SKIPPED).write_text("".join(json.dumps(each) + "\n" for each in skipped), encoding="utf-8")
-        (cache_dir / _MANIFEST).write_text(
-            json.dumps(manifest, indent=2) + "\n", encoding="utf-8"
-        )  # last: it says all is there
+        (cache_dir / _SKIPPED).write_text("".join(f"{line}\n" for line in skipped), encoding="utf-8")
+        (cache_dir / _MANIFEST).write_text(sealed_json(manifest), encoding="utf-8")  # last: it says all is there
     except OSError as error:
         raise UserError(f"cannot write the prepared data to {cache_dir}: {error.strerror or error}") from None

@@ -1,19 +1,19 @@
 """From the sources that a DataConfig names to packed rows of token ids, kept on disk for the next start."""
 
 import dataclasses
-import hashlib
-import json
 import os
 import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from llama4_jax.config import DataConfig
-from llama4_jax.data.digest import ContentDigest, hash_file
+from llama4_jax.data.bad_records import BadRecords
+from llama4_jax.data.digest import ContentDigest, hash_file, hash_json, sealed_json, unsealed_json
 from llama4_jax.data.documents import (
     describe_tokenizer,
     make_tokenizer,
@@ -34,6 +34,10 @@ _FORMAT = 1  # rises when the same input would give other rows
 _MANIFEST = "corpus.json"
 
 
+class ChangedData(UserError):
+    """The data are not those that a run has begun with. The message names each difference."""
+
+
 @dataclasses.dataclass(frozen=True)
 class CorpusCounts:
     documents: int  # read
@@ -46,7 +50,7 @@ class CorpusCounts:
     heldout_tokens: int
     train_padding_share: float
     heldout_padding_share: float
-    skipped: int = 0  # conversations too large for a row, or with a picture that cannot be read
+    skipped: int = 0  # records that cannot be read, and conversations too large for a row
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -56,9 +60,14 @@ class Corpus:
     train: PackedRows | StreamedRows
     heldout: PackedRows
     counts: CorpusCounts
-    fingerprint: str  # of everything that decides the rows; equal fingerprints, equal rows
+    identity: dict[str, Any]  # everything that decides the rows, by name, as JSON; equal identities, equal rows
     directory: Path
     processor: Processor | None = None  # of conversations
+
+    @property
+    def fingerprint(self) -> str:
+        """The identity in short."""
+        return hash_json(self.identity)
 
     @property
     def heldout_bytes(self) -> int:
@@ -107,12 +116,13 @@ def prepare_text(
     cache_dir = Path(cache_dir)
     if not config.sources:
         raise UserError("DataConfig.sources is empty: give files, folders or python:stdlib")
-    sources = [_SourceText(spec, read_source(spec, config.text_field)) for spec in config.sources]
-    heldout_sources = [_SourceText(spec, read_source(spec, config.text_field)) for spec in config.heldout_sources]
+    bad = BadRecords(config.max_bad_records)
+    sources = [_SourceText(spec, read_source(spec, config.text_field, bad)) for spec in config.sources]
+    heldout_sources = [_SourceText(spec, read_source(spec, config.text_field, bad)) for spec in config.heldout_sources]
     inputs = _describe_inputs(config, sources, heldout_sources, vocab_size, document_window)
 
     if not (cache_dir / _MANIFEST).exists():
-        _build(config, sources, heldout_sources, inputs, cache_dir, progress)
+        _build(config, sources, heldout_sources, inputs, cache_dir, len(bad.found), progress)
     return _load(config, cache_dir, inputs)
 
 
@@ -135,14 +145,14 @@ def _describe_inputs(config, sources, heldout_sources, vocab_size, document_wind
 # Building
 
 
-def _build(config, sources, heldout_sources, inputs, cache_dir: Path, progress: bool) -> None:
+def _build(config, sources, heldout_sources, inputs, cache_dir: Path, skipped: int, progress: bool) -> None:
     try:
         cache_dir.parent.mkdir(parents=True, exist_ok=True)  # before the work: a folder that cannot be written shows now
         unfinished = Path(tempfile.mkdtemp(prefix=f".{cache_dir.name}-unfinished-", dir=cache_dir.parent))
         try:
             split = _split(config, sources, heldout_sources, progress)
             tokenizer = _tokenizer(config, split, inputs["vocab_size"])
-            _write(unfinished, split, tokenizer, inputs, progress)
+            _write(unfinished, split, tokenizer, inputs, skipped, progress)
             _publish(unfinished, cache_dir)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -178,7 +188,7 @@ def _tokenizer(config: DataConfig, split: _Split, vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def _write(directory: Path, split: _Split, tokenizer: Tokenizer, inputs: dict, progress: bool) -> None:
+def _write(directory: Path, split: _Split, tokenizer: Tokenizer, inputs: dict, skipped: int, progress: bool) -> None:
     tokenizer.save(directory / TOKENIZER_FILE)
     with open(directory / HELDOUT_TEXT, "wb") as file:
         file.writelines(document.text.encode() for _, document in split.heldout)
@@ -202,10 +212,11 @@ def _write(directory: Path, split: _Split, tokenizer: Tokenizer, inputs: dict, p
         heldout_tokens=len(rows["heldout"].documents.ids),
         train_padding_share=rows["train"].padding_share,
         heldout_padding_share=rows["heldout"].padding_share,
+        skipped=skipped,
     )
     files = {path.name: hash_file(path) for path in sorted(directory.iterdir())}
     manifest = {"inputs": inputs, "counts": dataclasses.asdict(counts), "files": files}
-    (directory / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    (directory / _MANIFEST).write_text(sealed_json(manifest), encoding="utf-8")
 
 
 def _tokenize(documents: list[tuple[int, Document]], tokenizer: Tokenizer, progress: bool) -> TokenizedDocuments:
@@ -241,22 +252,20 @@ def _load_prepared(config: DataConfig, vocab_size: int, document_window: int | N
     plan = plan_packing(shards.heldout.lengths, config.sequence_length, document_window)
     heldout = PackedRows(shards.heldout, plan, config.sequence_length, document_window)
     counts = CorpusCounts(**shards.counts, train_padding_share=train.padding_share, heldout_padding_share=heldout.padding_share)
-    decisive = f"{shards.fingerprint} {config.sequence_length} {document_window}"
     return Corpus(
         tokenizer=shards.tokenizer,
         sources=shards.sources,
         train=train,
         heldout=heldout,
         counts=counts,
-        fingerprint=hashlib.blake2b(decisive.encode(), digest_size=16).hexdigest(),
+        identity=shards.identity | {"sequence_length": config.sequence_length, "document_window": document_window},
         directory=shards.directory,
     )
 
 
 def _load(config: DataConfig, directory: Path, inputs: dict) -> Corpus:
     try:
-        text = (directory / _MANIFEST).read_text(encoding="utf-8")
-        manifest = json.loads(text)
+        manifest = unsealed_json((directory / _MANIFEST).read_text(encoding="utf-8"))
         counts = CorpusCounts(**manifest["counts"])
         require_same_inputs(manifest["inputs"], inputs, directory)
         for name, content in manifest["files"].items():
@@ -269,20 +278,19 @@ def _load(config: DataConfig, directory: Path, inputs: dict) -> Corpus:
             f"the prepared data in {directory} are damaged ({error}): delete that folder to make them anew"
         ) from None
     rows = {name: _load_rows(directory, name, inputs) for name in ("train", "heldout")}
-    decisive = json.dumps([without_paths(manifest["inputs"]), manifest["files"]], sort_keys=True)
     return Corpus(
         tokenizer=Tokenizer.load(directory / TOKENIZER_FILE),
         sources=config.sources,
         train=rows["train"],
         heldout=rows["heldout"],
         counts=counts,
-        fingerprint=hashlib.blake2b(decisive.encode(), digest_size=16).hexdigest(),
+        identity=without_paths(manifest["inputs"]) | {"prepared files": hash_json(manifest["files"])},
         directory=directory,
     )
 
 
 def require_same_inputs(then: dict, now: dict, directory: Path) -> None:
-    """Raises UserError that names each input that differs. Where a source lies does not matter, what it holds does."""
+    """Raises ChangedData that names each input that differs. Where a source lies does not matter, what it holds does."""
     old, new = without_paths(then), without_paths(now)
     changes = []
     for key in sorted({*old, *new}):
@@ -293,9 +301,9 @@ def require_same_inputs(then: dict, now: dict, directory: Path) -> None:
         else:
             changes.append(f"{key} was {old.get(key)}, now {new.get(key)}")
     if changes:
-        raise UserError(
+        raise ChangedData(
             f"the prepared data in {directory} were made from other input: {'; '.join(changes)}. "
-            "Undo the change, use another work directory, or delete that folder"
+            "Undo the change, use another work directory, or take the change with data.when_changed=start_over"
         )
 
 

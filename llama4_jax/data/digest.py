@@ -1,7 +1,9 @@
 """What identifies data: hashes of files and of documents, names and texts alike."""
 
 import hashlib
+import json
 from pathlib import Path
+from typing import Any
 
 from llama4_jax.data.sources import Document
 from llama4_jax.errors import UserError
@@ -33,3 +35,21 @@ def hash_file(path: Path) -> str:
             return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
+
+
+def hash_json(content: Any) -> str:
+    """Of anything that JSON can hold; the order of a dictionary's keys does not matter."""
+    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def sealed_json(content: dict[str, Any]) -> str:
+    """A manifest as text, with its own hash in it."""
+    return json.dumps(content | {"seal": hash_json(content)}, indent=1) + "\n"
+
+
+def unsealed_json(text: str) -> dict[str, Any]:
+    """What `sealed_json` made the text of. Raises ValueError when it is not what was written."""
+    content = json.loads(text)
+    if not isinstance(content, dict) or content.pop("seal", None) != hash_json(content):
+        raise ValueError("it is not what was written")
+    return content

@@ -7,9 +7,13 @@ batch = next(batches)
 
 from __future__ import annotations
 
+import json
+import logging
+import shutil
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import grain
 import numpy as np
@@ -17,13 +21,15 @@ import numpy as np
 from llama4_jax.config import DataConfig, ModelConfig
 from llama4_jax.data.batch import Batch
 from llama4_jax.data.conversations import prepare_conversations
-from llama4_jax.data.corpus import Corpus, CorpusCounts, prepare_text
+from llama4_jax.data.corpus import ChangedData, Corpus, CorpusCounts, prepare_text
 from llama4_jax.data.mixture import Interleave
 from llama4_jax.data.packing import PackingPlan, read_rows
 from llama4_jax.data.row_streams import RowStream, StreamedPool, StreamedRows, WholePool
 from llama4_jax.errors import UserError
 
 __all__ = ["Corpus", "CorpusCounts", "TrainBatches", "heldout_batches", "prepare_corpus", "train_batches"]
+
+logger = logging.getLogger(__name__)
 
 _PREFETCHED = 4  # batches, by a thread: the tokens are read and unpacked outside of Python's lock
 
@@ -39,11 +45,25 @@ def prepare_corpus(
 ) -> Corpus:
     """The corpus that `config` names: prepare_text's, or with format=chat prepare_conversations', which asks for the `model`."""
     options = {"document_window": document_window, "cache_dir": cache_dir, "progress": progress}
-    if config.format == "text":
-        return prepare_text(config, vocab_size=vocab_size, **options)
-    if model is None:
+    if config.format == "chat" and model is None:
         raise UserError("DataConfig.format=chat needs the model's configuration: prepare_corpus(..., model=config)")
-    return prepare_conversations(config, model=model, **options)
+
+    def prepare() -> Corpus:
+        if config.format == "text":
+            return prepare_text(config, vocab_size=vocab_size, **options)
+        return prepare_conversations(config, model=model, **options)
+
+    try:
+        return prepare()
+    except ChangedData as changed:
+        if config.when_changed == "refuse":
+            raise
+        logger.warning("%s is made anew: %s", cache_dir, changed)
+        if Path(cache_dir).is_symlink():  # of a sweep, whose runs share one
+            Path(cache_dir).unlink()
+        else:
+            shutil.rmtree(cache_dir)
+        return prepare()
 
 
 class TrainBatches:
@@ -52,9 +72,10 @@ class TrainBatches:
     Its state is one for all processes and stays good for another number of them: it counts global batches.
     """
 
-    def __init__(self, dataset: grain.IterDataset, fingerprint: dict):
+    def __init__(self, dataset: grain.IterDataset, identity: dict[str, Any], when_changed: Literal["refuse", "start_over"]):
         self._iterator = iter(dataset)
-        self._fingerprint = fingerprint
+        self._identity: dict[str, Any] = json.loads(json.dumps(identity))  # as a state has it that was saved
+        self._when_changed = when_changed
 
     def __iter__(self) -> TrainBatches:
         return self
@@ -74,17 +95,26 @@ class TrainBatches:
 
     def get_state(self) -> dict:
         """Place and identity of this stream, as JSON."""
-        return {**self._iterator.get_state(), "fingerprint": dict(self._fingerprint)}
+        return {**self._iterator.get_state(), "identity": self._identity}
 
     def set_state(self, state: dict) -> None:
-        """Goes to the place of `state`. Raises UserError when it comes from another stream: Grain would not notice."""
-        then, now = state["fingerprint"], self._fingerprint
+        """Goes to the place of `state`. Grain would not notice that it comes from another stream.
+
+        Raises ChangedData that names each difference; with when_changed=start_over it stays at the beginning, and logs them.
+        """
+        then, now = state["identity"], self._identity
         changes = [
             f"{key} was {then.get(key)}, now {now.get(key)}" for key in sorted({*then, *now}) if then.get(key) != now.get(key)
         ]
-        if changes:
-            raise UserError(f"cannot resume: the data differ from the checkpoint's: {'; '.join(changes)}")
-        self._iterator.set_state({key: state[key] for key in ("step", "rows", "streams", "epochs")})
+        if not changes:
+            self._iterator.set_state({key: state[key] for key in ("step", "rows", "streams", "epochs")})
+        elif self._when_changed == "refuse":
+            raise ChangedData(
+                f"cannot resume: the data differ from the checkpoint's: {'; '.join(changes)}. Undo the change, or take it with "
+                "data.when_changed=start_over"
+            )
+        else:
+            logger.warning("the data differ from the checkpoint's and are read from their beginning: %s", "; ".join(changes))
 
 
 def train_batches(corpus: Corpus, config: DataConfig, *, places: Sequence[int] | None = None) -> TrainBatches:
@@ -103,15 +133,10 @@ def train_batches(corpus: Corpus, config: DataConfig, *, places: Sequence[int] |
     dataset = grain.experimental.ThreadPrefetchIterDataset(
         _GlobalBatches(corpus, config).map(read), prefetch_buffer_size=_PREFETCHED
     )
-    fingerprint = {
-        "corpus": corpus.fingerprint,
-        "shuffle_seed": config.shuffle_seed,
-        "batch_size": config.batch_size,
-        "sequence_length": rows.sequence_length,
-    }
+    identity = corpus.identity | {"shuffle_seed": config.shuffle_seed, "batch_size": config.batch_size}
     if config.weights:
-        fingerprint["weights"] = list(config.weights)
-    return TrainBatches(dataset, fingerprint)
+        identity["weights"] = config.weights
+    return TrainBatches(dataset, identity, config.when_changed)
 
 
 class _GlobalBatches(grain.IterDataset):

@@ -8,7 +8,6 @@ import concurrent.futures
 import dataclasses
 import functools
 import itertools
-import json
 import multiprocessing
 import os
 import signal
@@ -21,7 +20,8 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from tqdm import tqdm
 
 from llama4_jax.config import DataConfig
-from llama4_jax.data.digest import ContentDigest, hash_file
+from llama4_jax.data.bad_records import BadRecords
+from llama4_jax.data.digest import ContentDigest, hash_file, sealed_json
 from llama4_jax.data.documents import make_tokenizer, require_both_parts, require_lossless, split_documents, tokenize
 from llama4_jax.data.shards import (
     FORMAT,
@@ -82,19 +82,20 @@ def prepare_shards(
         if manifest["finished"]:
             _verify(directory, manifest, progress)
         else:
-            _require_tokenizer(config, directory, vocab_size, progress)
-            _prepare(config, directory, manifest, processes, progress)
+            bad = BadRecords(config.max_bad_records)
+            _require_tokenizer(config, directory, vocab_size, bad, progress)
+            _prepare(config, directory, manifest, processes, bad, progress)
     except OSError as error:
         raise UserError(f"cannot write the prepared data to {directory}: {error.strerror or error}") from None
     return manifest
 
 
-def _prepare(config: DataConfig, directory: Path, manifest: dict, processes: int, progress: bool) -> None:
+def _prepare(config: DataConfig, directory: Path, manifest: dict, processes: int, bad: BadRecords, progress: bool) -> None:
     tally = _Tally(config)
     shards, wanted = manifest["shards"], set()
     bar = _bar(config, "tokenising", progress)
     with bar, open(directory / HELDOUT_TEXT, "wb") as heldout_text, _Workers(directory, config, processes) as workers:
-        for task in _tasks(_documents(config, bar, tally), heldout_text, manifest["settings"]["shard_bytes"]):
+        for task in _tasks(_documents(config, bar, bad, tally), heldout_text, manifest["settings"]["shard_bytes"]):
             wanted.add(task.name)
             finished = shards.get(task.name)
             if finished is not None:
@@ -104,6 +105,7 @@ def _prepare(config: DataConfig, directory: Path, manifest: dict, processes: int
     for name in shards:
         _require_same_text(name in wanted, name, directory)
     tally.count_shards(shards)
+    tally.counts["skipped"] = len(bad.found)
     require_both_parts(config, tally.counts["train_documents"], tally.counts["heldout_documents"])
     manifest |= {
         "shards": dict(sorted(shards.items())),
@@ -127,12 +129,12 @@ def _size(path: Path) -> int | None:
     return path.stat().st_size if path.is_file() else None
 
 
-def _require_tokenizer(config: DataConfig, directory: Path, vocab_size: int, progress: bool) -> None:
+def _require_tokenizer(config: DataConfig, directory: Path, vocab_size: int, bad: BadRecords, progress: bool) -> None:
     path = directory / TOKENIZER_FILE
     if path.exists():  # it appears whole
         return
     with _bar(config, "training the tokenizer", progress and config.tokenizer == "bpe") as bar:
-        texts = (document.text for _, document, part in _documents(config, bar) if part == "train")
+        texts = (document.text for _, document, part in _documents(config, bar, bad) if part == "train")
         tokenizer = make_tokenizer(config, vocab_size, texts)
     tokenizer.save(path.with_suffix(".unfinished"))
     os.replace(path.with_suffix(".unfinished"), path)
@@ -168,12 +170,14 @@ class _Tally:
         } | {f"{part}_{kind}": total(part, kind) for kind in kinds for part in _PARTS}
 
 
-def _documents(config: DataConfig, bar: tqdm, tally: _Tally | None = None) -> Iterator[tuple[int, Document, str]]:
+def _documents(
+    config: DataConfig, bar: tqdm, bad: BadRecords, tally: _Tally | None = None
+) -> Iterator[tuple[int, Document, str]]:
     """Source, document and part of every document, those of held-out sources first."""
     numbered = list(enumerate([*config.sources, *config.heldout_sources]))
     numbered = numbered[len(config.sources) :] + numbered[: len(config.sources)]
     documents = itertools.chain.from_iterable(
-        ((i, document) for document in iterate_source(source, config.text_field, bar.update)) for i, source in numbered
+        ((i, document) for document in iterate_source(source, config.text_field, bad, bar.update)) for i, source in numbered
     )
     for i, document, part in split_documents(config, documents):
         if tally is not None:
@@ -327,7 +331,7 @@ def _note_shard(directory: Path, manifest: dict, bar, name: str, entry: dict) ->
 
 def _write_manifest(directory: Path, manifest: dict) -> None:
     unfinished = directory / f"{MANIFEST}.unfinished"
-    unfinished.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    unfinished.write_text(sealed_json(manifest), encoding="utf-8")
     os.replace(unfinished, directory / MANIFEST)
 
 

@@ -11,22 +11,21 @@ shard_writer.py makes such a folder; here is what reads one.
 
 import dataclasses
 import functools
-import hashlib
-import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 from jaxtyping import Int, Integer
 
 from llama4_jax.config import DataConfig
-from llama4_jax.data.digest import hash_file
+from llama4_jax.data.digest import hash_file, hash_json, unsealed_json
 from llama4_jax.data.documents import describe_tokenizer, token_dtype
 from llama4_jax.errors import UserError
 from llama4_jax.processing.tokenizer import Tokenizer
 
 MANIFEST, TOKENIZER_FILE, HELDOUT_TEXT = "manifest.json", "tokenizer.json", "heldout.txt"
-FORMAT = 1  # rises when the same input would give other shards
+FORMAT = 2  # rises when the same input would give other shards
 _OPEN_READERS = 256
 _LONG_DOCUMENT = 1 << 16  # tokens from which a document is kept for its next piece
 
@@ -41,7 +40,7 @@ class Shards:
     train: "ShardedDocuments"
     heldout: "ShardedDocuments"
     counts: dict[str, int]
-    fingerprint: str  # equal fingerprints, equal documents in an equal order
+    identity: dict[str, Any]  # equal identities, equal documents in an equal order
 
 
 def load_shards(config: DataConfig) -> Shards:
@@ -61,7 +60,6 @@ def load_shards(config: DataConfig) -> Shards:
         if hash_file(directory / name) != content:
             raise UserError(f"the prepared data file {directory / name} is damaged: prepare the data anew")
     tokenizer = Tokenizer.load(directory / TOKENIZER_FILE)
-    decisive = {name: shard["checksum"] for name, shard in manifest["shards"].items()} | manifest["files"]
     return Shards(
         directory=directory,
         tokenizer=tokenizer,
@@ -69,7 +67,12 @@ def load_shards(config: DataConfig) -> Shards:
         train=ShardedDocuments(directory, manifest, "train", token_dtype(tokenizer)),
         heldout=ShardedDocuments(directory, manifest, "heldout", token_dtype(tokenizer)),
         counts=manifest["counts"],
-        fingerprint=hashlib.blake2b(json.dumps(decisive, sort_keys=True).encode(), digest_size=16).hexdigest(),
+        identity={
+            "sources": [source["content"] for source in manifest["sources"]],
+            "tokenizer": manifest["files"][TOKENIZER_FILE],
+            "heldout": manifest["files"][HELDOUT_TEXT],
+            "shards": hash_json({name: shard["checksum"] for name, shard in manifest["shards"].items()}),
+        },
     )
 
 
@@ -148,7 +151,7 @@ def read_manifest(directory: Path, missing_ok: bool = False) -> dict | None:
     """The manifest; None where there is none and that is fine. Raises UserError when it is missing or damaged."""
     path = directory / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = unsealed_json(path.read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
             raise UserError(f"{path} is of format {manifest['format']}, not {FORMAT}: prepare the data anew")
         manifest["settings"], manifest["finished"], manifest["shards"]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from llama4_jax.data.bad_records import BadRecord, BadRecords
 from llama4_jax.data.python_corpus import python_documents
 from llama4_jax.data.records import LINES, READERS, json_records, suffix_of
 from llama4_jax.errors import UserError
@@ -42,30 +43,35 @@ class _File:
     open: Callable[[], BinaryIO]
 
 
-def read_source(source: str, text_field: str = "text") -> list[Document]:
+def read_source(source: str, text_field: str = "text", bad: BadRecords | None = None) -> list[Document]:
     """All of `iterate_source`."""
-    return list(iterate_source(source, text_field))
+    return list(iterate_source(source, text_field, bad))
 
 
 def iterate_source(
-    source: str, text_field: str = "text", advance: Callable[[int], object] = lambda size: None
+    source: str,
+    text_field: str = "text",
+    bad: BadRecords | None = None,
+    advance: Callable[[int], object] = lambda size: None,
 ) -> Iterator[Document]:
     """The documents of a source (see DataConfig), in an order that does not depend on the machine.
 
-    `advance` hears how many bytes of files have been read since it last heard; they add up to `source_size`.
+    `bad` hears of files that are damaged or not UTF-8, and of records that are not or have no text in `text_field`, and says
+    whether to go on without them; None: never. `advance` hears how many bytes of files have been read since it last heard; they
+    add up to `source_size`.
 
-    Raises UserError for a source that is missing or empty, a file that is damaged or not UTF-8, and a record without text in
-    `text_field`; the message names the file and the line or record.
+    Raises UserError for a source that is missing or empty, and for what `bad` does not allow to be left out; the message names
+    the file and the line or record.
     """
     holds_text = False
-    for document in _documents(source, text_field, advance):
+    for document in _documents(source, text_field, bad or BadRecords(), advance):
         holds_text = holds_text or bool(document.text)
         yield document
     if not holds_text:
         raise UserError(f"the data source {source} holds no text")
 
 
-def iterate_records(source: str) -> Iterator[Record]:
+def iterate_records(source: str, bad: BadRecords) -> Iterator[Record]:
     """The JSON on each line of the .jsonl, .jsonl.gz and .jsonl.zst of a source. Raises UserError as iterate_source does."""
     if source == PYTHON_STDLIB:
         raise UserError(f"{source} holds text, not JSON lines")
@@ -75,9 +81,11 @@ def iterate_records(source: str) -> Iterator[Record]:
     for file in files:
         try:
             with contextlib.closing(file.open()) as content:
-                for number, value in json_records(LINES[suffix_of(file.name)](content, file.place), file.place):
+                for number, value in json_records(LINES[suffix_of(file.name)](content, file.place), file.place, bad):
                     place, folder = f"{file.place}, line {number}", os.path.dirname(file.place)
                     yield Record(f"{file.name}:{number}", place, folder, value)
+        except BadRecord as error:
+            bad.leave_out(error)
         except OSError as error:
             raise UserError(f"cannot read {file.place}: {error.strerror or error}") from None
 
@@ -87,7 +95,7 @@ def source_size(source: str) -> int:
     return 0 if source == PYTHON_STDLIB else sum(file.size for file in _files(source))
 
 
-def _documents(source: str, text_field: str, advance: Callable[[int], object]) -> Iterator[Document]:
+def _documents(source: str, text_field: str, bad: BadRecords, advance: Callable[[int], object]) -> Iterator[Document]:
     if source == PYTHON_STDLIB:
         yield from (Document(name, text) for name, text in python_documents())
         return
@@ -95,11 +103,13 @@ def _documents(source: str, text_field: str, advance: Callable[[int], object]) -
         suffix, done = suffix_of(file.name), 0
         try:
             with contextlib.closing(file.open()) as content:
-                for number, text in READERS[suffix](content, file.place, text_field):
+                for number, text in READERS[suffix](content, file.place, text_field, bad):
                     yield Document(file.name if number is None else f"{file.name}:{number}", text)
                     if suffix.startswith(".jsonl"):  # the others do not read from start to end
                         done, before = content.tell(), done
                         advance(done - before)
+        except BadRecord as error:  # the rest of the file is lost
+            bad.leave_out(error)
         except OSError as error:
             raise UserError(f"cannot read {file.place}: {error.strerror or error}") from None
         advance(file.size - done)

@@ -6,6 +6,7 @@ once for all, and `end` takes all of them down together.
 """
 
 import atexit
+import collections
 import contextlib
 import dataclasses
 import itertools
@@ -214,7 +215,13 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-_calls = itertools.count()
+_calls: dict[str, itertools.count] = collections.defaultdict(itertools.count)
+
+
+def _key(kind: str, what: str) -> str:
+    """The same on all processes, and of no other call. Threads of one name call in one order, each name in its own."""
+    thread = threading.current_thread().name
+    return f"llama4_jax/{kind}/{thread}/{next(_calls[thread])}/{what}"
 
 
 def from_first(what: str, make: Callable[[], T], *, limit_seconds: int = 600) -> T:
@@ -233,7 +240,7 @@ def from_first(what: str, make: Callable[[], T], *, limit_seconds: int = 600) ->
 
     if jax.process_count() == 1:
         return make()
-    key = f"llama4_jax/from_first/{next(_calls)}/{what}"
+    key = _key("from_first", what)
     if is_first():
         try:
             answer = {"made": make()}
@@ -260,6 +267,39 @@ def first_then_others(what: str, make: Callable[[], T], *, limit_seconds: int = 
     return made[0] if made else make()
 
 
+def to_first(what: str, make: Callable[[], T], *, limit_seconds: int = 3600) -> list[T] | None:
+    """What `make` returns on each process, by index, as JSON holds it: on process 0; None on the others, which do not wait.
+
+    Args: as `from_first`, but that `make` is called on every process.
+
+    Raises:
+        UserError: on process 0 when `make` raised it on any, and on that one.
+        TimeoutError: a process has not come so far.
+    """
+    import jax
+
+    if jax.process_count() == 1:
+        return [make()]
+    key = _key("to_first", what)
+    try:
+        answer = {"made": make()}
+    except UserError as error:
+        answer = {"error": str(error)}
+    if not is_first():
+        _client().key_value_set(f"{key}/{jax.process_index()}", json.dumps(answer))
+    answers = [answer]
+    for index in range(1, jax.process_count()) if is_first() else ():
+        try:
+            answers.append(json.loads(_client().blocking_key_value_get(f"{key}/{index}", limit_seconds * 1000)))
+        except jax.errors.JaxRuntimeError as error:
+            raise TimeoutError(f"process {index} has not finished {what} in {limit_seconds} s") from error
+        _client().key_value_delete(f"{key}/{index}")
+    for each in answers:
+        if "error" in each:
+            raise UserError(each["error"])
+    return [each["made"] for each in answers] if is_first() else None
+
+
 def meet(what: str, *, limit_seconds: int = 3600) -> None:
     """Returns when all processes have come to this call. Raises TimeoutError that counts and names the missing."""
     import jax
@@ -267,7 +307,7 @@ def meet(what: str, *, limit_seconds: int = 3600) -> None:
     if jax.process_count() == 1:
         return
     try:
-        _client().wait_at_barrier(f"llama4_jax/meet/{next(_calls)}/{what}", limit_seconds * 1000)
+        _client().wait_at_barrier(_key("meet", what), limit_seconds * 1000)
     except jax.errors.JaxRuntimeError as error:
         raise TimeoutError(f"not all processes came to {what} in {limit_seconds} s: {error}") from error
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import jax
 from jax.sharding import Mesh
 
-from llama4_jax.checkpoints.run_checkpoints import RunCheckpoints
+from llama4_jax.checkpoints.run_checkpoints import RunCheckpoints, Saved
 from llama4_jax.config import Experiment, validated
 from llama4_jax.data.compression import compression_baselines
 from llama4_jax.data.pipeline import Corpus, heldout_batches, prepare_corpus, train_batches
@@ -81,7 +81,7 @@ def train(experiment: Experiment, workdir: str | Path, *, progress: bool = True)
     check_hardware(experiment.execution.matmul, mesh.devices.flat[0].device_kind)
     check_fit(mesh, experiment.model, experiment.execution, experiment.data)
     run = WorkDirectory(workdir, experiment)
-    with contextlib.closing(RunCheckpoints(run.checkpoints, keep=experiment.checkpoint.keep)) as checkpoints:
+    with contextlib.closing(RunCheckpoints(run.checkpoints, experiment.checkpoint)) as checkpoints:
         newest = checkpoints.newest_step()
         if newest is not None and newest >= experiment.steps:
             return TrainResult("already finished", newest, last_evaluations(run))
@@ -148,7 +148,7 @@ class _Sitting:
         restored = self.checkpoints.restore_newest(self.state_shape)
         if restored is None:
             return None
-        require_same_experiment(restored.fingerprint["settings"], self.fingerprint["settings"], self.run.folder)
+        require_same_experiment(restored.fingerprint["settings"], self.run.settings, self.run.folder)
         self.batches.set_state(restored.data)
         return restored.state
 
@@ -169,7 +169,7 @@ class _Sitting:
     def train(self) -> TrainResult:
         try:
             self._take_steps()
-            self.checkpoints.wait()
+            self._tell(self.checkpoints.wait())
         finally:
             self.trace.close()
             self.tensorboard.close()
@@ -237,7 +237,7 @@ class _Sitting:
 
     def _settle(self, step: int, metrics: Metrics, epochs: dict[str, float]) -> None:
         """Waits for a step, checks that it was sound and logs it where it is due."""
-        self.checkpoints.check()
+        self._tell(self.checkpoints.check())
         loss, grad_norm = jax.device_get((metrics["loss"], metrics["grad_norm"]))
         self.timer.tick()
         self.progress.step()
@@ -270,20 +270,29 @@ class _Sitting:
         return at_cadence or step == self.experiment.steps or self.trace.at_edge(step + 1)
 
     def _evaluate_and_save(self) -> None:
-        last = self.step == self.experiment.steps
+        last, found = self.step == self.experiment.steps, {}
         for name, config in self.experiment.evaluations.items():
             if last or self.step % config.every == 0:
                 values = self.evaluations[name](self.state.params, self.state.model_state)
                 self._log({"step": self.step, "evaluation": name} | values)
+                found |= {f"{name}.{key}": value for key, value in values.items()}
                 self.progress.say(f"step {self.step}, {name}: " + ", ".join(f"{k} {v:.4f}" for k, v in values.items()))
         # Saved last: a checkpoint promises that every line up to its step is in metrics.jsonl.
         if last or self.step % self.experiment.checkpoint.every == 0:
-            self._save()
+            self._save(found, may_skip=not last)
 
-    def _save(self) -> None:
+    def _save(self, values: dict[str, float] | None = None, *, may_skip: bool = False) -> None:
         if self.saved_step != self.step:
-            self.checkpoints.save(self.step, self.state, self.batches.get_state(), self.fingerprint)
-            self.saved_step = self.step
+            position = self.batches.get_state()
+            if self.checkpoints.save(self.step, self.state, position, self.fingerprint, values, may_skip=may_skip):
+                self.saved_step = self.step
+
+    def _tell(self, saves: list[Saved]) -> None:
+        for saved in saves:
+            self.progress.say(
+                f"step {saved.step} saved: {saved.bytes / 1e6:,.1f} MB, safe after {saved.save_seconds:.1f} s, "
+                f"training stood still for {saved.blocked_seconds:.2f} s"
+            )
 
 
 class _Timer:

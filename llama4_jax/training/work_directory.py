@@ -13,7 +13,8 @@ from llama4_jax.parallel import processes
 # Fields that may differ between two sittings of one run. They change when things happen or where, not what is trained.
 # (Another number of steps moves the end of the learning rate's decay.)
 # A prepared folder may move, since the checkpoint knows its content.
-CHANGEABLE = ("steps", "log_every", "checkpoint", "evaluations", "mesh", "execution", "profile", "data.prepared")
+CHANGEABLE = ("steps", "log_every", "checkpoint", "evaluations", "mesh", "execution", "profile")
+CHANGEABLE += ("data.prepared", "data.max_bad_records", "data.when_changed")
 
 
 def flatten_experiment(experiment: Experiment) -> dict[str, Any]:
@@ -109,16 +110,18 @@ class WorkDirectory:
 def require_same_experiment(saved: dict[str, Any], settings: dict[str, Any], folder: Path) -> None:
     """Raises UserError that names the settings that differ, and both values.
 
-    A setting that was not known when the folder was made counts as its default, since it did not exist to be changed.
+    A setting that was not known when the folder was made counts as its default, since it did not exist to be changed. With
+    data.when_changed=start_over those of the data may differ: what becomes of them is told when they are read.
     """
     missing = object()
+    may_change_data = settings.get("data.when_changed") == "start_over"
     defaults = flatten_experiment(Experiment(ModelConfig(), DataConfig()))
     younger = {name: defaults[name] for name in settings.keys() & defaults.keys() - saved.keys()}
     saved, settings = fixed_settings(younger | saved), fixed_settings(settings)
     differences = [
         f"{name} is {saved.get(name, 'absent')!r} there and {settings.get(name, 'absent')!r} here"
         for name in sorted(saved.keys() | settings.keys())
-        if saved.get(name, missing) != settings.get(name, missing)
+        if saved.get(name, missing) != settings.get(name, missing) and not (may_change_data and name.startswith("data."))
     ]
     if differences:
         shown = "; ".join(differences[:4]) + (f"; and {len(differences) - 4} more" if len(differences) > 4 else "")

@@ -15,7 +15,7 @@ from llama4_jax.checkpoints.open import open_checkpoint
 from llama4_jax.checkpoints.orbax_writer import OrbaxWriter
 from llama4_jax.checkpoints.readers import ParametersReader
 from llama4_jax.checkpoints.run_checkpoints import RunCheckpoints
-from llama4_jax.config import DataConfig, Experiment, ModelConfig, RopeScaling, VisionConfig
+from llama4_jax.config import CheckpointConfig, DataConfig, Experiment, ModelConfig, RopeScaling, VisionConfig
 from llama4_jax.errors import UserError
 from llama4_jax.model.llama4 import Llama4, abstract_params, init_model_state
 from llama4_jax.named_configs import list_named_configs, named_config
@@ -35,7 +35,7 @@ def random_params(config, seed):
 def make_run(folder, config, states):
     """A work directory as training leaves it, with these states by step."""
     WorkDirectory(folder, Experiment(config, DataConfig(sources=("x",))))
-    checkpoints = RunCheckpoints(folder / "checkpoints", keep=5)
+    checkpoints = RunCheckpoints(folder / "checkpoints", CheckpointConfig(keep=5))
     for step, state in states.items():
         checkpoints.save(step, state, {"rows": step}, {"of": "data"})
     checkpoints.wait()
@@ -94,6 +94,7 @@ def test_damage_is_named(run, tmp_path):
         ("group", lambda folder: change(folder, {"model.rope_scaling": 3}), "experiment.json: "),
         ("shape", lambda folder: change(folder, {"model.vocab_size": 13}), r"embed/embedding has shape \(12, 8\), but .* \(13, 8\)"),
         ("missing", lambda folder: change(folder, {"model.shared_expert": True}), "shared_expert/.* is missing"),
+        ("flipped", flip, r"checkpoints/12 is damaged: the content of state/.* is not what was written; name another step"),
         ("extra", lambda folder: change(folder, {"model.tie_embeddings": True}), "lm_head/kernel has no place"),
         ("arrays", lambda folder: clear(folder / "checkpoints" / "12" / "state"), "checkpoints/12/state: parameter .* cannot be read"),
     ):  # fmt: skip
@@ -106,6 +107,13 @@ def change(folder, settings):
     path = folder / "experiment.json"
     kept = {name: value for name, value in json.loads(path.read_text()).items() if name.rpartition(".")[0] not in settings}
     path.write_text(json.dumps(kept | settings))
+
+
+def flip(folder):
+    largest = max((folder / "checkpoints/12/state/ocdbt.process_0/d").iterdir(), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
 
 
 def clear(folder):

@@ -1,6 +1,7 @@
 import base64
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -339,10 +340,47 @@ def test_the_state_of_another_stream_is_refused(corpus, config, change, message)
         train_batches(corpus, dataclasses.replace(config, **change)).set_state(state)
 
 
-def test_the_state_of_another_corpus_is_refused(corpus, config, tmp_path):
-    other = prepare(dataclasses.replace(config, heldout_fraction=0.2), tmp_path / "data")
-    with pytest.raises(UserError, match="corpus was"):
-        train_batches(other, config).set_state(train_batches(corpus, config).get_state())
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"heldout_fraction": 0.2}, "heldout_fraction was 0.3, now 0.2"),
+        ({"sequence_length": 64}, "sequence_length was 32, now 64"),
+        ({"deduplicate": False}, "deduplicate was True, now False"),
+        ({"weights": (1.0,)}, r"weights was None, now \[1.0\]"),
+    ],
+)
+def test_the_state_of_another_corpus_is_refused_by_name(corpus, config, tmp_path, change, message):
+    """Also where the prepared data are gone, which would have said so first."""
+    changed = dataclasses.replace(config, **change)
+    other = prepare(changed, tmp_path / "data")
+    with pytest.raises(UserError, match=message):
+        train_batches(other, changed).set_state(train_batches(corpus, config).get_state())
+
+
+def test_a_changed_text_is_refused_by_name_and_taken_from_its_beginning_when_that_is_said(config, folder, tmp_path, caplog):
+    texts = tmp_path / "texts"
+    shutil.copytree(folder, texts)
+    config = dataclasses.replace(config, sources=(str(texts),))
+    before = train_batches(prepare(config, tmp_path / "data"), config)
+    take(before, 3)
+    (texts / "05.txt").unlink()
+    with pytest.raises(
+        UserError, match=r"sources held .*texts \(50 documents.*now .*texts \(49 documents.*when_changed=start_over"
+    ):
+        prepare(config, tmp_path / "data")
+    accepting = dataclasses.replace(config, when_changed="start_over")
+    corpus = prepare(accepting, tmp_path / "data")
+    assert corpus.counts.documents == 49
+    after = train_batches(corpus, accepting)
+    after.set_state(before.get_state())
+    assert "are read from their beginning: " in caplog.text and "sources was" in caplog.text
+    for expected, actual in zip(take(train_batches(corpus, config), 2), take(after, 2), strict=True):
+        assert_batches_equal(expected, actual)
+    again = train_batches(prepare(accepting, tmp_path / "data"), accepting)  # the change is made: now it goes on
+    again.set_state(after.get_state())
+    assert again.step == 2
+    with pytest.raises(UserError, match="sources was"):
+        train_batches(corpus, config).set_state(before.get_state())
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 64])

@@ -18,7 +18,15 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llama4_jax.checkpoints.run_checkpoints import RunCheckpoints
-from llama4_jax.config import AttentionTemperature, ExecutionConfig, MeshConfig, ModelConfig, ObjectiveConfig, OptimizerConfig
+from llama4_jax.config import (
+    AttentionTemperature,
+    CheckpointConfig,
+    ExecutionConfig,
+    MeshConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+)
 from llama4_jax.data.packing import PackedRows, TokenizedDocuments, check_windows, plan_packing
 from llama4_jax.inference import decoding
 from llama4_jax.model.linear import project
@@ -185,7 +193,7 @@ def read_and_decode(sizes, layout="contiguous") -> dict:
 
 
 def move_between_meshes(model, folder):
-    checkpoints = RunCheckpoints(folder, keep=1)
+    checkpoints = RunCheckpoints(folder, CheckpointConfig(keep=1))
     state = create_state(model, OPTIMIZER, ".*", mesh_of({"fsdp": 8}), seed=1).replace(step=jnp.int32(3))
     checkpoints.save(3, state, {}, {})
     checkpoints.wait()

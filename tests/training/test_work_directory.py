@@ -50,6 +50,20 @@ def test_a_setting_that_is_younger_than_the_folder_counts_as_its_default(tmp_pat
         WorkDirectory(tmp_path, other)
 
 
+def test_changed_data_are_taken_when_that_is_said_and_nothing_else_is(tmp_path):
+    WorkDirectory(tmp_path, experiment(seed=1))
+    other = experiment(seed=1)
+    other.data.sources, other.data.shuffle_seed, other.data.batch_size = ("c",), 3, 64
+    with pytest.raises(UserError, match=r"data\.batch_size is 16 there and 64 here; data\.shuffle_seed is 0 .*; data\.sources"):
+        WorkDirectory(tmp_path, other)
+    other.data.when_changed = "start_over"
+    other.seed = 2
+    with pytest.raises(UserError, match=r"another experiment: seed is 1 there and 2 here\. Choose"):
+        WorkDirectory(tmp_path, other)
+    other.seed = 1
+    WorkDirectory(tmp_path, other)
+
+
 def test_when_and_where_may_change(tmp_path):
     WorkDirectory(tmp_path, experiment())
     changed = experiment(steps=5, log_every=3)
