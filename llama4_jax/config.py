@@ -422,6 +422,41 @@ class ProfileConfig:
 
 
 @dataclasses.dataclass
+class AnomalyConfig:
+    """Steps whose update is left out, on all processes alike: a loss or gradient that is not finite, and a spike.
+
+    See training/anomalies.py. The mean is that of the last sound steps.
+    """
+
+    grad_norm_factor: float | None = 10.0  # a gradient norm over so many times the mean is a spike; None: never
+    loss_factor: float | None = 3.0  # a loss over so many times the mean is a spike; None: never
+    window: int = 100  # steps of the mean; so many must have been sound before anything counts as a spike
+    rollback_after: int = 3  # steps left out in a row, after which the run goes back to its last checkpoint, past their batches
+
+    def __post_init__(self):
+        _require_positive(self, "window", "rollback_after")
+        for name in ("grad_norm_factor", "loss_factor"):
+            value = getattr(self, name)
+            _require(value is None or value > 1, f"AnomalyConfig.{name} must be more than 1, got {value}")
+
+
+@dataclasses.dataclass
+class WatchConfig:
+    """How a run looks after itself. Limits are seconds after which a process that stands still tells where, and ends with
+    status 1, so that its launcher starts the job again; inf: never."""
+
+    step_seconds: float = 300.0  # of a step ...
+    step_factor: float = 20.0  # ... or so many times the median step, where that is longer
+    compile_seconds: float = 7200.0  # of the compilation, the first step with it
+    checkpoint_seconds: float = 3600.0  # of a restore, and of what a save holds training up
+    evaluation_seconds: float = 7200.0
+    replicas_every: int = 100  # steps between comparisons of the copies that devices hold; also before every save
+
+    def __post_init__(self):
+        _require_positive(self, *(f.name for f in dataclasses.fields(self)))
+
+
+@dataclasses.dataclass
 class Experiment:
     """Everything that a training run is; `get_config()` of a file in experiments/ returns one."""
 
@@ -434,6 +469,8 @@ class Experiment:
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     evaluations: dict[str, EvaluationConfig] = dataclasses.field(default_factory=dict)
     profile: ProfileConfig = dataclasses.field(default_factory=ProfileConfig)
+    anomalies: AnomalyConfig = dataclasses.field(default_factory=AnomalyConfig)
+    watch: WatchConfig = dataclasses.field(default_factory=WatchConfig)
     init_from: str | None = None  # a folder or hub name, as load_pretrained takes it, of the parameters to start from
     steps: int = 1000
     seed: int = 0

@@ -4,14 +4,19 @@ r"""Trains a Llama 4 as an experiment's file describes.
 
 Run again with the same --workdir, it goes on where it was. Exit status: 0 finished, 42 stopped by SIGTERM or Ctrl-C with
 everything saved (start again to go on), 2 bad input or a run that diverged, anything else worth another try. As many processes
-as a launcher starts train together: see parallel/README.md.
+as a launcher starts train together: see parallel/README.md. --replay_step=N does one step again, to find hardware that is wrong.
 """
+
+import sys
+import time
 
 from absl import flags
 
 from llama4_jax import app, exit_codes
 from llama4_jax.errors import UserError
 from llama4_jax.parallel import processes
+
+_BEGIN = time.monotonic()
 
 _CONFIG = flags.DEFINE_string(
     "config", None, "Python file whose get_config() returns an Experiment; override fields by --config.FIELD=VALUE"
@@ -20,6 +25,11 @@ _WORKDIR = flags.DEFINE_string(
     "workdir", None, "folder of the run: checkpoints, metrics.jsonl, pictures; an interrupted run resumes from it"
 )
 _PROMPT = flags.DEFINE_string("prompt", "import ", "text that the trained model continues at the end; empty: none")
+_REPLAY_STEP = flags.DEFINE_integer(
+    "replay_step",
+    None,
+    "do this step of the run in --workdir twice, from the checkpoint before it, and say whether all bits agree",
+)
 
 
 def main(overrides: dict[str, str]) -> int:
@@ -27,9 +37,11 @@ def main(overrides: dict[str, str]) -> int:
         raise UserError("--config=FILE and --workdir=DIR are both needed")
     experiment = app.load_experiment(_CONFIG.value, overrides)
     processes.start()
+    if _REPLAY_STEP.value is not None:
+        return replay(experiment)
     from llama4_jax.training.loop import train  # after the flags: a misspelt one answers at once
 
-    result = train(experiment, _WORKDIR.value)
+    result = train(experiment, _WORKDIR.value, leave=leave, startup_seconds=time.monotonic() - _BEGIN)
     if result.status == "stopped":
         return exit_codes.PREEMPTED
     if processes.is_first():
@@ -37,6 +49,22 @@ def main(overrides: dict[str, str]) -> int:
     if result.status == "finished" and _PROMPT.value:
         print_sample(result, _PROMPT.value, experiment.seed)
     return exit_codes.DONE
+
+
+def replay(experiment) -> int:
+    """Prints what --replay_step found; status RETRY when a bit differs."""
+    from llama4_jax.training.replay import replay_step
+
+    found = replay_step(experiment, _WORKDIR.value, _REPLAY_STEP.value)
+    if processes.is_first():
+        print(found)
+    return exit_codes.DONE if found.agrees else exit_codes.RETRY
+
+
+def leave(line: str) -> None:
+    """Ends this process, and those of its job, for a signal."""
+    print(line, file=sys.stderr, flush=True)
+    processes.end(exit_codes.PREEMPTED, line)
 
 
 def print_summary(result, workdir: str) -> None:

@@ -53,7 +53,11 @@ def test_a_field_of_every_type_is_read(config, name, text, value):
         ("model.rope_scaling.facter", "1", "did you mean model.rope_scaling.factor"),
         ("evaluations.heldot.every", "1", "did you mean evaluations.heldout.every"),
         ("steps.more", "1", "unknown field --config.steps.more"),
-        ("zzz", "1", "unknown field --config.zzz; groups are checkpoint, data, evaluations, execution, init_from, log_every"),
+        (
+            "zzz",
+            "1",
+            "unknown field --config.zzz; groups are anomalies, checkpoint, data, evaluations, execution, init_from, log_every",
+        ),
         ("optimizer", "1", "--config.optimizer is a group of fields, not a value; its fields are optimizer.rule,"),
         ("model.rope_scaling", "1", "--config.model.rope_scaling is a group of fields"),
         ("evaluations", "1", "--config.evaluations is a group of fields"),

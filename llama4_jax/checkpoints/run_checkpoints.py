@@ -246,8 +246,8 @@ class RunCheckpoints:
     # --------------------------------------------------------------------------------------------------------------------
     # Restoring
 
-    def newest_step(self) -> int | None:
-        """The newest step whose checkpoint is whole, every byte of it, or None when the folder never held one.
+    def newest_step(self, *, below: int | None = None) -> int | None:
+        """The newest step (below that one) whose checkpoint is whole, every byte of it, or None when the folder never held one.
 
         Newer ones that are not are set aside under another name, each with a warning.
 
@@ -259,17 +259,19 @@ class RunCheckpoints:
         if last is not None and last not in steps and last not in aside and steps and processes.is_first():
             logger.warning("the checkpoint of step %d, which was saved last, is gone from %s", last, self.folder)
         for step in steps:
+            if below is not None and step >= below:
+                continue
             damage = None if step == self._whole else self._damage(step)
             if damage is None:
                 self._whole = step
                 return step
             processes.from_first("a damaged checkpoint", lambda step=step, damage=damage: self._set_aside(step, damage))
-        if steps or aside or last is not None:
+        if below is None and (steps or aside or last is not None):
             processes.from_first("that no checkpoint is whole", self._refuse_to_begin)
         return None
 
-    def restore_newest(self, target: PyTree) -> Restored | None:
-        """The checkpoint of `newest_step`, or None when there never was one.
+    def restore_newest(self, target: PyTree, *, below: int | None = None) -> Restored | None:
+        """The checkpoint of `newest_step(below=below)`, or None when there never was one.
 
         Args:
             target: a tree of ShapeDtypeStructs with shardings; any mesh will do.
@@ -277,7 +279,7 @@ class RunCheckpoints:
         Raises:
             UserError: as `newest_step`; or the checkpoint holds arrays of other names, shapes or dtypes.
         """
-        step = self.newest_step()
+        step = self.newest_step(below=below)
         if step is None:
             return None
         folder = self.folder / str(step)

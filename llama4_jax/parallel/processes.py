@@ -152,6 +152,7 @@ def start(*, limit_seconds: int = JOIN_SECONDS) -> Job:
     host = job.coordinator.rpartition(":")[0]
     if job.index == 0:
         _require_free_port(job)
+    jax.config.update("jax_enable_preemption_service", False)  # it would keep SIGTERM to itself: see training/stopping.py
     with _limit(job, limit_seconds):
         jax.distributed.initialize(
             job.coordinator,
@@ -206,6 +207,13 @@ def _limit(job: Job, seconds: int):
 
 # ------------------------------------------------------------------------------------------------------------------------
 # Together
+
+
+def count() -> int:
+    """Processes of this job."""
+    import jax
+
+    return jax.process_count()
 
 
 def is_first() -> bool:
@@ -312,6 +320,28 @@ def meet(what: str, *, limit_seconds: int = 3600) -> None:
         raise TimeoutError(f"not all processes came to {what} in {limit_seconds} s: {error}") from error
 
 
+def post(key: str, text: str) -> None:
+    """Leaves a text for all processes. Of several under one key the first stays."""
+    with contextlib.suppress(Exception):  # another was first, or the service is gone
+        _client().key_value_set(f"llama4_jax/{key}", text)
+
+
+def posted(key: str) -> str | None:
+    """Waits for what any process posts; None when the job ends first. For a thread of its own."""
+    try:
+        return _client().blocking_key_value_get(f"llama4_jax/{key}", _FOREVER_MS)
+    except Exception:  # the job is over
+        return None
+
+
+def exchange(key: str, number: int) -> list[int]:
+    """The number of every process, by index. For a thread of its own: it waits for all, and a dead one ends the job meanwhile."""
+    import jax
+
+    post(f"{key}/{jax.process_index()}", str(number))
+    return [int(posted(f"{key}/{index}") or number) for index in range(jax.process_count())]
+
+
 def _client() -> Any:
     from jax._src import distributed  # nothing public has the service's keys and values
 
@@ -321,7 +351,7 @@ def _client() -> Any:
 # ------------------------------------------------------------------------------------------------------------------------
 # Ending
 
-_FAILURE = "llama4_jax/failure"
+_FAILURE = "failure"
 _FOREVER_MS = 10 * 365 * 86_400 * 1000
 _joined: Job | None = None
 
@@ -329,13 +359,15 @@ _joined: Job | None = None
 def end(status: int, reason: str) -> NoReturn:
     """Ends this process with `status`, and the others of its job with the same, who print the `reason`.
 
-    At once: an ordinary exit would wait at its end for processes that are waiting for this one.
+    At once: an ordinary exit would wait at its end for processes that are waiting for this one. From another thread than the
+    main one a lone process ends at once too.
     """
     if _joined is None:
-        sys.exit(status)
-    failure = json.dumps({"index": _joined.index, "status": status, "reason": reason})
-    with contextlib.suppress(Exception):  # another was first, or the service is gone
-        _client().key_value_set(_FAILURE, failure)
+        if threading.current_thread() is threading.main_thread():
+            sys.exit(status)
+        sys.stdout.flush()
+        os._exit(status)
+    post(_FAILURE, json.dumps({"index": _joined.index, "status": status, "reason": reason}))
     if _joined.index == 0:
         time.sleep(1)  # the others hear of it from this process
     sys.stdout.flush()
@@ -353,16 +385,16 @@ def _fall_together(job: Job) -> None:
         sys.__excepthook__(kind, error, traceback)
         end(exit_codes.RETRY, f"{kind.__name__}: {error}")
 
-    def end_with_others(client):
-        try:
-            failure = json.loads(client.blocking_key_value_get(_FAILURE, _FOREVER_MS))
-        except Exception:  # the job is over
+    def end_with_others():
+        if (told := posted(_FAILURE)) is None:
             return
+        failure = json.loads(told)
         if failure["index"] != job.index:
-            _say(f"process {job.index} of {job.count} ends, for process {failure['index']} failed: {failure['reason']}")
+            how = "was stopped" if failure["status"] == exit_codes.PREEMPTED else "failed"
+            _say(f"process {job.index} of {job.count} ends, for process {failure['index']} {how}: {failure['reason']}")
             os._exit(failure["status"])
 
-    watch = threading.Thread(target=end_with_others, args=(_client(),), daemon=True)
+    watch = threading.Thread(target=end_with_others, daemon=True)
 
     def leave():
         jax.distributed.shutdown()  # which ends the watch; a thread that still waited would crash the end of Python

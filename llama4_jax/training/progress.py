@@ -1,6 +1,7 @@
-"""The live line of a training run."""
+"""The live line of a training run, and the time of its steps."""
 
 import sys
+import time
 
 from tqdm import tqdm
 
@@ -17,6 +18,10 @@ class Progress:
     def step(self) -> None:
         self._bar.update()
 
+    def go_back(self, step: int) -> None:
+        self._bar.n = step
+        self._bar.refresh()
+
     def show(self, record: dict) -> None:
         """`record` is a line of metrics.jsonl."""
         text = describe(record)
@@ -32,6 +37,34 @@ class Progress:
 
     def close(self) -> None:
         self._bar.close()
+
+
+class StepTimer:
+    """Mean seconds a step, evaluations and checkpoints aside."""
+
+    def __init__(self):
+        self._last: float | None = None
+        self._seconds, self._steps = 0.0, 0
+
+    def start(self) -> None:
+        """At the dispatch of a step; counts only where the timer stood."""
+        if self._last is None:
+            self._last = time.perf_counter()
+
+    def tick(self) -> None:
+        """At the end of a step."""
+        now = time.perf_counter()
+        self._seconds += now - self._last
+        self._steps += 1
+        self._last = now
+
+    def stop(self) -> None:
+        self._last = None
+
+    def mean_and_reset(self) -> float:
+        mean = self._seconds / self._steps
+        self._seconds, self._steps = 0.0, 0
+        return mean
 
 
 def describe(record: dict) -> str:

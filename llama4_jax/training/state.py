@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
 from llama4_jax.parallel.rules import named_shardings, use_mesh
+from llama4_jax.training.anomalies import Usual
 from llama4_jax.training.trainable import split, trainable_paths
 
 PyTree = Any
@@ -25,6 +26,7 @@ class TrainState:
         params: all parameters of the model.
         opt_state: of the parameters that train.
         model_state: what the model carries that no gradient touches (a router's bias, ranges of quantisation).
+        usual: what sound steps have lately been like, by which the next is judged.
         trainable: paths of the parameters that train.
     """
 
@@ -32,6 +34,7 @@ class TrainState:
     params: PyTree
     opt_state: PyTree
     model_state: PyTree
+    usual: Usual
     trainable: frozenset[str] = flax.struct.field(pytree_node=False)
 
 
@@ -58,8 +61,8 @@ def abstract_state(model, optimizer: optax.GradientTransformation, trainable: st
         transform_non_params=lambda _: replicated,
         is_leaf=lambda x: isinstance(x, masked),
     )
-    model_state = jax.tree.map(lambda _: replicated, shapes.model_state)
-    shardings = shapes.replace(step=replicated, params=params, opt_state=opt_state, model_state=model_state)
+    model_state, usual = jax.tree.map(lambda _: replicated, (shapes.model_state, shapes.usual))
+    shardings = shapes.replace(step=replicated, params=params, opt_state=opt_state, model_state=model_state, usual=usual)
     return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, shardings)
 
 
@@ -85,6 +88,6 @@ def _initializer(model, optimizer, trainable: str):
         params = init_params(model, key)
         paths = trainable_paths(params, trainable)
         opt_state = optimizer.init(split(params, paths)[0])
-        return TrainState(jnp.zeros((), jnp.int32), params, opt_state, init_model_state(model), paths)
+        return TrainState(jnp.zeros((), jnp.int32), params, opt_state, init_model_state(model), Usual.at_start(), paths)
 
     return initialize

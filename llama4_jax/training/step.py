@@ -9,8 +9,10 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from llama4_jax.config import AnomalyConfig
 from llama4_jax.data.batch import Batch
 from llama4_jax.parallel.compiler_options import compiler_options
+from llama4_jax.training.anomalies import SOUND, judge, next_usual
 from llama4_jax.training.balancing import Balance
 from llama4_jax.training.microbatches import in_microbatches
 from llama4_jax.training.objective import Metrics, Objective
@@ -31,11 +33,14 @@ def make_train_step(
     seed: int,
     balance: Balance | None = None,
     microbatches: int = 1,
+    anomalies: AnomalyConfig | None = None,
 ) -> TrainStep:
     """The compiled `train_step(state, batch, frozen=None) -> (next state, metrics)`; call it inside `use_mesh(mesh)`.
 
     The state given is used up: its buffers become the next state's. Gradients exist only for the parameters that train.
-    Metrics are the objective's, grad_norm (before clipping) and learning_rate, replicated.
+    A step that `anomalies.judge` does not find sound changes nothing but `step` and `usual`. Metrics are the objective's,
+    grad_norm (before clipping), learning_rate, anomaly (`judge`'s verdict), usual_loss and usual_grad_norm (the means that it
+    was judged by) and skipped_steps (so far), replicated.
 
     Args:
         objective: see `Objective`.
@@ -46,7 +51,9 @@ def make_train_step(
         seed: random keys are a function of this and the step.
         balance: of `bias_balancing`, what moves the router's bias after a step; None leaves `model_state` as it is.
         microbatches: parts of the batch that are computed one after another, see `in_microbatches`.
+        anomalies: what counts as a spike; None: the defaults.
     """
+    anomalies = anomalies or AnomalyConfig()
 
     def train_step(state: TrainState, batch: Batch, frozen: PyTree = None) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -57,11 +64,35 @@ def make_train_step(
             return jax.grad(loss, has_aux=True)(trained)
 
         gradients, metrics = in_microbatches(gradients_of, microbatches)(batch, key)
+        loss, grad_norm, usual = metrics["loss"], optax.global_norm(gradients), state.usual
+        verdict = judge(usual, loss, grad_norm, anomalies)
+        sound = verdict == SOUND
+
         updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
-        params = merge(optax.apply_updates(trained, updates), fixed)
-        metrics |= {"grad_norm": optax.global_norm(gradients), "learning_rate": jnp.float32(schedule(state.step))}
-        model_state = state.model_state if balance is None else balance(state.model_state, metrics["expert_load"], state.step)
-        return TrainState(state.step + 1, params, opt_state, model_state, state.trainable), metrics
+        # One select of each leaf, in the same loop as its update; a branch would keep both states in memory.
+        if_sound = lambda new, old: jax.tree.map(lambda n, o: jnp.where(sound, n, o), new, old)  # noqa: E731
+        params = merge(if_sound(optax.apply_updates(trained, updates), trained), fixed)
+        opt_state = if_sound(opt_state, state.opt_state)
+        model_state = state.model_state
+        if balance is not None:  # without a load to act on the bias stays, but for its way to zero at the end of a run
+            model_state = balance(model_state, jnp.where(sound, metrics["expert_load"], 0.0), state.step)
+        next_state = TrainState(
+            state.step + 1,
+            params,
+            opt_state,
+            model_state,
+            next_usual(usual, loss, grad_norm, sound, anomalies),
+            state.trainable,
+        )
+        metrics |= {
+            "grad_norm": grad_norm,
+            "learning_rate": jnp.float32(schedule(state.step - usual.skipped)),  # the optimizer counts the updates made
+            "anomaly": verdict,
+            "usual_loss": usual.loss,
+            "usual_grad_norm": usual.grad_norm,
+            "skipped_steps": next_state.usual.skipped,
+        }
+        return next_state, metrics
 
     replicated = NamedSharding(mesh, P())
     shardings = shardings_of(state), replicated

@@ -1,54 +1,112 @@
 """Stopping between two steps when the operating system or the person at the keyboard asks for it."""
 
+import itertools
 import os
 import signal
 import threading
+from collections.abc import Callable
 
-import jax
-from jax.experimental import multihost_utils
+from llama4_jax.parallel import processes
+
+_WATCHED = (signal.SIGTERM, signal.SIGINT)
+_NOTHING = -1  # the step begun, before any
+_requests = itertools.count()
 
 
 class StopRequest:
     """As a context: SIGTERM (a cluster takes the machine back) and SIGINT (Ctrl-C) ask for a stop instead of ending the process.
 
-    A second signal acts as if nothing had caught it. Outside the main thread, where Python allows no handlers, none is set.
-
-    Of several processes a signal to one is a request to all. jax's preemption service then catches SIGTERM, tells the others,
-    and finds a step that none of them has gone beyond; Ctrl-C is made a SIGTERM.
+    Of several processes a signal to one is a request to all. They tell one another what step each has begun, and stop after the
+    last of these. A thread does it, so that a main thread which is compiling, or waiting for a device, is waited for by nobody.
+    Further SIGTERMs are the same request; a second Ctrl-C acts as if nothing had caught it. Outside the main thread, where
+    Python allows no handlers, none is set.
 
     Attributes:
         name: of the signal, once `reached` has said so.
     """
 
-    def __init__(self):
+    def __init__(self, leave: Callable[[str], None] | None = None):
+        """`leave` is called with the signal's name, from another thread, when no process has begun a step yet, so that there is
+        nothing to save and nothing to wait for; None: also then the next `reached` answers."""
         self.name: str | None = None
-        self._received: str | None = None
+        self._leave = leave
+        self._key = f"stop/{next(_requests)}"
+        self._alone = processes.count() == 1
+        self._changed = threading.Condition()
+        self._signalled = False  # this process; set by the handler, which may take no lock
+        self._begun = _NOTHING
+        self._asking = self._over = False
+        self._agreed: tuple[str, int] | None = None  # the signal, and the step to stop before
         self._previous = {}
-        self._alone = jax.process_count() == 1
 
     def __enter__(self) -> "StopRequest":
+        if not self._alone:
+            self._follower = threading.Thread(target=self._follow, name="stop request", daemon=True)
+            self._follower.start()
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT) if self._alone else (signal.SIGINT,):
+            self._reader, self._writer = os.pipe()
+            os.set_blocking(self._writer, False)
+            threading.Thread(target=self._listen, name="signals", daemon=True).start()
+            self._previous_writer = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+            for number in _WATCHED:
                 self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def reached(self, step: int) -> bool:
         """Whether to stop before this step, the same on all processes; ask once before each."""
-        if self._alone:
-            self.name = self._received
-        elif self.name is None and multihost_utils.reached_preemption_sync_point(step):
-            self.name = "SIGTERM"
-        return self.name is not None
+        with self._changed:
+            while (self._signalled or self._asking) and self._agreed is None and not self._over:
+                self._changed.wait()
+            if self._agreed is not None and step >= self._agreed[1]:
+                self.name = self._agreed[0]
+                return True
+            self._begun = step
+            return False
 
     def _handle(self, number, frame) -> None:
-        self._received = signal.Signals(number).name
-        self._restore()
-        if not self._alone:
-            os.kill(os.getpid(), signal.SIGTERM)
+        """In the main thread, whenever that runs Python again; `_listen` hears of the signal at once."""
+        if self._signalled and number == signal.SIGINT:
+            signal.default_int_handler(number, frame)
+        self._signalled = True
+
+    def _listen(self) -> None:
+        while byte := os.read(self._reader, 1):
+            if byte[0] in _WATCHED:
+                name = signal.Signals(byte[0]).name
+                if self._alone:
+                    self._agree(name)
+                else:
+                    processes.post(self._key, name)
+        os.close(self._reader)
+
+    def _follow(self) -> None:
+        """Waits for a request of any process."""
+        if name := processes.posted(self._key):
+            self._agree(name)
+        else:  # a process has come to its end, and this one will: too late to stop
+            with self._changed:
+                self._over = True
+                self._changed.notify_all()
+
+    def _agree(self, name: str) -> None:
+        with self._changed:
+            if self._asking:
+                return
+            self._asking = True  # from here on no step begins before all agree
+            begun = self._begun
+        steps = [begun] if self._alone else processes.exchange(f"{self._key}/begun", begun)
+        if max(steps) == _NOTHING and self._leave is not None:
+            self._leave(name)
+        with self._changed:
+            self._agreed = name, max(steps) + 1
+            self._changed.notify_all()
 
     def __exit__(self, *exception) -> None:
-        self._restore()
-
-    def _restore(self) -> None:
-        while self._previous:
-            signal.signal(*self._previous.popitem())
+        if not self._alone:
+            processes.post(self._key, "")  # which ends `_follow`, if nobody asked
+            self._follower.join(5)
+        if self._previous:
+            signal.set_wakeup_fd(self._previous_writer)
+            while self._previous:
+                signal.signal(*self._previous.popitem())
+            os.close(self._writer)  # which ends `_listen`

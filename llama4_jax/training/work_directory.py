@@ -13,7 +13,8 @@ from llama4_jax.parallel import processes
 # Fields that may differ between two sittings of one run. They change when things happen or where, not what is trained.
 # (Another number of steps moves the end of the learning rate's decay.)
 # A prepared folder may move, since the checkpoint knows its content.
-CHANGEABLE = ("steps", "log_every", "checkpoint", "evaluations", "mesh", "execution", "profile")
+# (What counts as a spike may have to change for a run to go on.)
+CHANGEABLE = ("steps", "log_every", "checkpoint", "evaluations", "mesh", "execution", "profile", "anomalies", "watch")
 CHANGEABLE += ("data.prepared", "data.max_bad_records", "data.when_changed")
 
 

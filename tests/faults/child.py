@@ -38,6 +38,37 @@ ACTIONS = {
 }
 
 
+def not_a_number(batch):
+    """Loss and gradient of the batch are NaN."""
+    return batch.replace(loss_weights=batch.loss_weights * float("nan"))
+
+
+def far_too_large(batch):
+    """Weights that nearly cancel make loss and gradient a thousand times too large."""
+    return batch.replace(loss_weights=batch.loss_weights * (2.0 * (batch.positions % 2) - 0.998))
+
+
+# Of training batches; `argument` numbers those that come out so, counted over the whole run.
+POISONS = {"nan": not_a_number, "spike": far_too_large}
+
+
+def flip_a_copy(sitting) -> None:
+    """One bit, in what the last device of this process holds of a parameter that all hold."""
+    import jax
+    import numpy as np
+
+    scale = sitting.state.params["final_norm"]["scale"]
+    copies = [np.array(shard.data) for shard in scale.addressable_shards]
+    copies[-1].view(np.uint32)[3] ^= 1 << 20
+    put = [jax.device_put(copy, shard.device) for copy, shard in zip(copies, scale.addressable_shards, strict=True)]
+    sitting.state.params["final_norm"]["scale"] = jax.make_array_from_single_device_arrays(scale.shape, scale.sharding, put)
+
+
+def told(action: str, call: int | None) -> None:
+    if call is not None:
+        print(f"fault: {action} at {time.time():.3f}", file=sys.stderr, flush=True)
+
+
 def build_in(action: str, target: str, call: int | None, after: bool, argument) -> None:
     """Wraps the function `module:name.name`: at its `call`-th call, or each, `action` happens; `skip` stands in its place."""
     module, _, path = target.partition(":")
@@ -52,10 +83,16 @@ def build_in(action: str, target: str, call: int | None, after: bool, argument) 
         due = call is None or calls == call
         if due and action == "skip":
             return argument
-        if due and not after:
+        if due and action == "flip":
+            flip_a_copy(args[0])
+        if due and not after and action in ACTIONS:
+            told(action, call)
             ACTIONS[action](argument)
         result = original(*args, **kwargs)
+        if action in POISONS:
+            return POISONS[action](result) if args[0].step in argument else result
         if due and after:
+            told(action, call)
             ACTIONS[action](argument)
         return result
 

@@ -51,7 +51,8 @@ class Fault:
 
     Attributes:
         action: kill, freeze, sleep, raise, full (a full disk's error), bound (files grow no larger than `argument` bytes from
-            here on), or skip: the function is not called, `argument` is its answer.
+            here on); skip: the function is not called, `argument` is its answer; nan, spike: of batches, those that `argument`
+            numbers are poisoned; flip: of a sitting, a bit of the last device's copy of a parameter.
         target: module:name of the function, or module:class.name.
         call: the how manieth call of it, from 1; None: each.
         after: when the function has returned, instead of before it is called.
@@ -68,7 +69,7 @@ class Fault:
 SLOWLY = Fault("sleep", BATCHES, argument=0.04)  # a step takes long enough for saves to end between two, and for kills to hit
 # What takes seconds at each start and has no part in what is tested: pictures, and the speed of this machine.
 BRIEFLY = (
-    Fault("skip", "llama4_jax.training.loop:write_report"),
+    Fault("skip", "llama4_jax.training.sitting:write_report"),
     Fault("skip", "llama4_jax.training.flops:_measured_matmul_flops", argument=1e9),
 )
 

@@ -14,7 +14,7 @@ import pytest
 
 from llama4_jax.app import load_experiment
 from llama4_jax.errors import UserError
-from llama4_jax.training import loop
+from llama4_jax.training import trainer
 from llama4_jax.training.loop import train
 
 FIXTURE = str(Path(__file__).parents[1] / "fixtures/tiny_experiment.py")
@@ -50,9 +50,9 @@ class Watched:
 
 
 def watched_train(workdir, experiment, monkeypatch, before=None, act=None):
-    seen, original = [], loop.train_batches
+    seen, original = [], trainer.train_batches
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "train_batches", lambda *a, **k: Watched(original(*a, **k), seen, before, act))
+        patch.setattr(trainer, "train_batches", lambda *a, **k: Watched(original(*a, **k), seen, before, act))
         return train(experiment, workdir, progress=False), seen
 
 
@@ -87,7 +87,7 @@ def test_a_run_leaves_what_it_promises(straight):
 KILLED = """
 import os, signal, sys, time
 from llama4_jax.app import load_experiment
-from llama4_jax.training import loop
+from llama4_jax.training import loop, trainer
 
 class Deadly:
     def __init__(self, batches):
@@ -102,8 +102,8 @@ class Deadly:
             os.kill(os.getpid(), signal.SIGKILL)
         return next(self.batches)
 
-original = loop.train_batches
-loop.train_batches = lambda *a, **k: Deadly(original(*a, **k))
+original = trainer.train_batches
+trainer.train_batches = lambda *a, **k: Deadly(original(*a, **k))
 loop.train(load_experiment(sys.argv[1], {}), sys.argv[2], progress=False)
 """
 
@@ -153,12 +153,83 @@ def test_lost_checkpoints_are_no_silent_start_from_scratch(straight, tmp_path, e
     assert len(lines_of(workdir)) == 12
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_with_its_step(tmp_path, experiment):
+def test_a_run_that_diverges_goes_back_once_and_then_ends_with_its_steps(tmp_path, experiment):
     experiment.optimizer.learning_rate = 1e30
     experiment.evaluations = {}
-    with pytest.raises(UserError, match=r"loss is (nan|inf) .* at step \d; the newest checkpoint is of step 0"):
+    line = r"3 steps in a row had to be left out again after going back to step 0 and past the batches of step 2, batch 2 .*; now step 2, batch 7"
+    with pytest.raises(UserError, match=line):
         train(experiment, tmp_path, progress=False)
     assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+class Poisoned:
+    """Training batches of which some are other than they should be, and which break off before one."""
+
+    def __init__(self, batches, poison, numbers, dropped=(), breaks_at=None):
+        self.batches, self.poison, self.numbers, self.dropped, self.breaks_at = batches, poison, numbers, dropped, breaks_at
+
+    def __next__(self):
+        batch = next(self.batches)
+        while self.batches.step in self.dropped:
+            batch = next(self.batches)
+        if self.batches.step == self.breaks_at:
+            raise RuntimeError("broken off")
+        return self.poison(batch) if self.batches.step in self.numbers else batch
+
+    def __getattr__(self, name):
+        return getattr(self.batches, name)
+
+
+def not_a_number(batch):
+    return batch.replace(loss_weights=np.full_like(batch.loss_weights, np.nan))
+
+
+def far_too_large(batch):
+    """Weights that nearly cancel make the loss, a mean, a thousand times too large, and the gradient with it."""
+    weights = np.where(np.arange(batch.loss_weights.size) % 2, 1.0, -0.998).reshape(batch.loss_weights.shape)
+    return batch.replace(loss_weights=weights.astype(np.float32))
+
+
+def poisoned_train(workdir, experiment, monkeypatch, *options, **more):
+    original = trainer.train_batches
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "train_batches", lambda *a, **k: Poisoned(original(*a, **k), *options, **more))
+        return train(experiment, workdir, progress=False)
+
+
+@pytest.mark.parametrize("poison, reason", [(not_a_number, "loss is nan"), (far_too_large, "is a spike: it has been")])
+def test_a_bad_batch_is_left_out_counted_and_named(straight, tmp_path, experiment, monkeypatch, poison, reason):
+    """The update before it is the last that was made: without it the run would have ended with other bits."""
+    experiment.anomalies.window = 3
+    result = poisoned_train(tmp_path, experiment, monkeypatch, poison, {6})
+    assert result.status == "finished" and result.step == 10
+    (line,) = (record for record in lines_of(tmp_path) if "skipped" in record)
+    assert line["step"] == 6 and reason in line["skipped"] and "batch 6 of the run (epochs: " in line["skipped"]
+    assert [r["step"] for r in lines_of(tmp_path) if "loss" in r] == [1, 2, 3, 4, 5, 7, 8, 9, 10]
+    assert lines_of(tmp_path)[-2]["skipped_steps"] == 1 and int(result.state.usual.skipped) == 1
+    # The next step starts from the state before it, with the learning rate that the one left out would have had.
+    before, after = ({r["step"]: r for r in lines_of(w) if "loss" in r} for w in (straight[0], tmp_path))
+    assert after[7]["learning_rate"] == before[6]["learning_rate"] and after[5] == before[5]
+
+
+def test_several_bad_batches_in_a_row_take_the_run_back_and_past_them(tmp_path, experiment, monkeypatch):
+    """To the checkpoint of step 5, and on with batch 11, as if 6 to 10 had not been there; also if it is broken off after that."""
+    experiment.steps, bad = 12, {7, 8, 9}
+    expected = poisoned_train(tmp_path / "without", experiment, monkeypatch, None, (), dropped=range(6, 11))
+    result = poisoned_train(tmp_path / "run", experiment, monkeypatch, not_a_number, bad)
+    assert result.step == 12
+    assert_same_bits(result.state, expected.state)
+    without, run = (
+        [{k: v for k, v in record.items() if k != "epochs"} for record in lines_of(tmp_path / name)]
+        for name in ("without", "run")
+    )
+    assert run == without
+    with pytest.raises(RuntimeError, match="broken off"):
+        poisoned_train(tmp_path / "broken", experiment, monkeypatch, not_a_number, bad, breaks_at=13)
+    (goes_back,) = json.loads((tmp_path / "broken/rollbacks.json").read_text())
+    assert goes_back["to"] == 5 and [reason.split(",")[0] for reason in goes_back["skipped"]] == ["step 7", "step 8", "step 9"]
+    result = poisoned_train(tmp_path / "broken", experiment, monkeypatch, not_a_number, bad)
+    assert_same_bits(result.state, expected.state)
 
 
 def test_an_unknown_evaluation_is_told_before_anything_is_made(tmp_path, experiment):

@@ -113,7 +113,7 @@ app.run(main)
 def test_a_signal_to_one_process_stops_all_at_one_step(start_job, two_processes, tmp_path):
     """To the one that does not lead. All save the same step and say by their status that they may be started again."""
     workdir = tmp_path / "run"
-    slowly = WITH_BATCHES.replace("{act}", "time.sleep(0.7)")  # jax looks once a second whether there was a signal
+    slowly = WITH_BATCHES.replace("{act}", "time.sleep(0.3)")  # for the signal to come before the last step
     job = start_job(2, "-c", slowly, *training(workdir, data=2, fsdp=2, expert=2))
     wait_until(lambda: "memory of a device" in job[0].output(), job)  # the first step is about to run
     job[1].process.send_signal(signal.SIGTERM)

@@ -11,12 +11,15 @@ from llama4_jax.data.batch import Batch
 from llama4_jax.model.llama4 import Llama4
 from llama4_jax.parallel.mesh import make_mesh
 from llama4_jax.parallel.rules import put_batch, use_mesh
+from llama4_jax.training.anomalies import NOT_FINITE
+from llama4_jax.training.balancing import bias_balancing
 from llama4_jax.training.objective import cross_entropy_objective
 from llama4_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from llama4_jax.training.state import abstract_state, create_state
 from llama4_jax.training.step import make_train_step
 
-EXPERIMENT = load_experiment(str(Path(__file__).parents[1] / "fixtures/tiny_experiment.py"), {})
+FIXTURE = str(Path(__file__).parents[1] / "fixtures/tiny_experiment.py")
+EXPERIMENT = load_experiment(FIXTURE, {})
 MODEL = Llama4(EXPERIMENT.model, EXPERIMENT.execution)
 OPTIMIZER = make_optimizer(EXPERIMENT.optimizer, 10)
 MESH = make_mesh(MeshConfig(), jax.devices()[:1])
@@ -72,6 +75,39 @@ def test_steps_lower_the_loss_and_use_up_their_state(full, batch):
     assert metrics["expert_load"].shape == (2, 4)
     np.testing.assert_allclose(metrics["expert_load"].sum(axis=1), 1, rtol=1e-5)
     assert metrics["learning_rate"] == pytest.approx(float(learning_rate_schedule(EXPERIMENT.optimizer, 10)(7)))
+
+
+@pytest.mark.parametrize("trained, rule", [(".*", "adamw"), ("attention", "adamw"), (".*", "muon")])
+def test_a_step_that_is_left_out_changes_nothing_but_the_counts(batch, trained, rule):
+    """A NaN in one row of one batch; the step after it is what it would have been as the first."""
+    experiment = load_experiment(FIXTURE, {"model.router_bias": "true", "optimizer.rule": rule})
+    model, optimizer = Llama4(experiment.model, experiment.execution), make_optimizer(experiment.optimizer, 10)
+    state = create_state(model, optimizer, trained, MESH, seed=0)
+    step = make_train_step(
+        cross_entropy_objective(model, experiment.objective),
+        optimizer,
+        learning_rate_schedule(experiment.optimizer, 10),
+        state=state,
+        mesh=MESH,
+        seed=0,
+        balance=bias_balancing(experiment.model, experiment.objective, 10),
+    )
+    weights = np.ones((8, 32), np.float32)
+    weights[3, 4] = np.nan
+    before = jax.device_get(state)
+    state, metrics = step(state, put_batch(batch.replace(loss_weights=weights), MESH))
+    after = jax.device_get(state)
+    assert metrics["anomaly"] == NOT_FINITE and not np.isfinite(metrics["loss"]) and metrics["skipped_steps"] == 1
+    assert after.step == 1 and after.usual == before.usual.replace(skipped=1)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        (after.params, after.opt_state, after.model_state),
+        (before.params, before.opt_state, before.model_state),
+    )
+    _, first = step(create_state(model, optimizer, trained, MESH, seed=0), batch)
+    _, second = step(state, batch)
+    for name in ("loss", "grad_norm", "learning_rate"):
+        assert first[name] == second[name], "rates and moments count the updates made"
 
 
 def test_only_what_matches_the_pattern_moves_and_has_moments(batch):
