@@ -49,12 +49,14 @@ class BufferRows:
 
 
 def buffer_rows(rows: int, shards: int) -> BufferRows:
-    """For `rows` rows that go to `shards` receivers: SPARE and LATER even shares in whole tiles, never above all rows."""
+    """For `rows` rows that go to `shards` receivers: at most SPARE and LATER even shares, in whole tiles.
 
-    def tiles(shares: float) -> int:
-        return min(rows, -(-int(rows * shares) // (shards * ROW_MULTIPLE)) * ROW_MULTIPLE)
-
-    return BufferRows(tiles(SPARE), max(tiles(LATER), min(rows, ROW_MULTIPLE)))
+    The first has room for an even share at least, and neither is ever above all rows.
+    """
+    share, tile = rows / shards, ROW_MULTIPLE
+    first = max(math.ceil(share / tile) * tile, int(SPARE * share) // tile * tile)
+    later = max(tile, int(LATER * share) // tile * tile)
+    return BufferRows(min(rows, first), min(rows, later))
 
 
 def exchange_bytes(
