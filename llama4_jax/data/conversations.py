@@ -25,7 +25,7 @@ from llama4_jax.config import DataConfig, ModelConfig
 from llama4_jax.data.bad_records import BadRecord, BadRecords
 from llama4_jax.data.corpus import ChangedData, Corpus, CorpusCounts, require_same_inputs, without_paths
 from llama4_jax.data.deduplicate import is_held_out
-from llama4_jax.data.digest import ContentDigest
+from llama4_jax.data.digest import ContentDigest, sealed_json, unsealed_json
 from llama4_jax.data.documents import require_both_parts, token_dtype
 from llama4_jax.data.packing import PackedRows, plan_rows
 from llama4_jax.data.shards import HELDOUT_TEXT

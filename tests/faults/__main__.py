@@ -1,4 +1,4 @@
-"""The long form of the fault suite: every fault, many moments, as a table. About half an hour on two cores.
+"""The long form of the fault suite: every fault, many moments, as a table. About 160 starts of some ten seconds each.
 
 python -m tests.faults --out=faults.md            all
 python -m tests.faults --only=kill,flip           faults with these words in their names
@@ -11,6 +11,7 @@ import logging
 import os
 import platform
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -20,7 +21,7 @@ from pathlib import Path
 from absl import logging as absl_logging
 from tqdm import tqdm
 
-from tests.faults import damage, data, disks, kills
+from tests.faults import anomalies, damage, data, disks, kills, peers
 from tests.faults.harness import Bench
 from tests.faults.rows import Row, summary, table
 
@@ -31,6 +32,15 @@ def flips(bench: Bench) -> Iterable[Row]:
         run = bench.run(f"finished-{processes}", processes=processes)
         run.finish()
         yield from damage.flips(bench, run, seed, count=150)
+
+
+def bad_batches(bench: Bench) -> Iterable[Row]:
+    """Alone and in a row, on one process and on one of two, and without an end."""
+    for processes in (1, 2):
+        yield anomalies.poisoned(bench, "nan", processes=processes)
+        yield anomalies.poisoned(bench, "nan", processes=processes, batches=anomalies.IN_A_ROW)
+    yield anomalies.poisoned(bench, "spike")
+    yield anomalies.poisoned(bench, "nan", batches=anomalies.IN_A_ROW, again=True)
 
 
 FAULTS: dict[str, Callable[[Bench], Iterable[Row]]] = {
@@ -56,6 +66,13 @@ FAULTS: dict[str, Callable[[Bench], Iterable[Row]]] = {
     "bad records": data.poisoned,
     "flip bits of shards": functools.partial(data.shards, seed=0, count=300),
     "other processes and meshes": data.places,
+    "broken peers": lambda bench: (peers.broken(bench, kind, victim) for kind in peers.PEERS for victim in (0, 1)),
+    "late peer and crash loop": lambda bench: [peers.late(bench), peers.crash_loop(bench)],
+    "signals to one process": lambda bench: peers.signalled(bench, peers.SIGNALS, processes=1, victim=0),
+    "signals to one of two": lambda bench: peers.signalled(bench, peers.SIGNALS, processes=2, victim=1),
+    "Ctrl-C": lambda bench: peers.signalled(bench, ["in a step"], processes=1, victim=0, number=signal.SIGINT),
+    "batches of NaN and spikes": bad_batches,
+    "differing copies": lambda bench: [anomalies.flipped_copy(bench)],
 }
 
 
