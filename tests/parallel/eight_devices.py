@@ -271,9 +271,23 @@ def collectives_of_a_projection() -> list[str]:
         return collectives(gradients, of(rows, ROWS, LENGTH, 32), of(kernel, 32, 4, 8), of(rows, ROWS, LENGTH, 4, 8))
 
 
-def count_collectives():
+def layers_whose_attention_sends(params, batch, **execution) -> list[str]:
+    """In the whole gradient's compiled program, under data=2 x context=4; what projections do with their weights aside."""
+    model, mesh = Llama4(CONFIG, ExecutionConfig(context_exchange="ring", **execution)), mesh_of({"data": 2, "context": 4})
+    objective = cross_entropy_objective(model, ObjectiveConfig())
+    with use_mesh(mesh):
+        gradient = jax.jit(jax.grad(lambda p, b: objective(p, b, None)[0]))
+        lines = gradient.lower(params, put_batch(batch, mesh)).compile(OPTIONS).as_text().splitlines()
+    sent = [line for line in lines if re.search(r" (all-gather|all-to-all|collective-permute|reduce-scatter)(-start)?\(", line)]
+    return sorted({found[1] for line in sent if (found := re.search(r'op_name="[^"]*/(layer_\d)/attention/', line))})
+
+
+def count_collectives(params, batch):
     report(
         "collectives",
+        in_the_model=layers_whose_attention_sends(params, batch),
+        in_the_model_zigzag=layers_whose_attention_sends(params, batch, context_layout="zigzag"),
+        in_the_model_without_the_promise=layers_whose_attention_sends(params, batch.replace(document_window=None)),
         local=collectives_of_attention(CHUNK, CHUNK),
         local_zigzag=collectives_of_attention(CHUNK, CHUNK, context_layout="zigzag"),
         no_promise=collectives_of_attention(CHUNK, None, context_exchange="ring"),
@@ -302,7 +316,7 @@ def main(folder: str, *cases: str) -> None:
         worst = max(paths, key=paths.get)
         report(name, error=paths[worst], worst=worst)
     if folder != "-":
-        count_collectives()
+        count_collectives(params, batch)
         report("read", **read_and_decode({"context": 8}))
         report("read_zigzag", **read_and_decode({"data": 2, "context": 2, "tensor": 2}, "zigzag"))
         train_two_steps(model, mesh_of({"fsdp": 2, "expert": 2, "tensor": 2}))
