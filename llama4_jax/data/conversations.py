@@ -25,7 +25,7 @@ from llama4_jax.config import DataConfig, ModelConfig
 from llama4_jax.data.bad_records import BadRecord, BadRecords
 from llama4_jax.data.corpus import ChangedData, Corpus, CorpusCounts, require_same_inputs, without_paths
 from llama4_jax.data.deduplicate import is_held_out
-from llama4_jax.data.digest import ContentDigest
+from llama4_jax.data.digest import ContentDigest, sealed_json, unsealed_json
 from llama4_jax.data.documents import require_both_parts, token_dtype
 from llama4_jax.data.packing import PackedRows, plan_rows
 from llama4_jax.data.shards import HELDOUT_TEXT
@@ -313,7 +313,7 @@ def _read_manifest(cache_dir: Path, inputs: dict[str, Any]) -> dict[str, Any] | 
     if not (cache_dir / _MANIFEST).exists():
         return None
     try:
-        manifest = json.loads((cache_dir / _MANIFEST).read_text(encoding="utf-8"))
+        manifest = unsealed_json((cache_dir / _MANIFEST).read_text(encoding="utf-8"))
         require_same_inputs(manifest["inputs"], inputs, cache_dir)
     except UserError:
         raise
@@ -338,8 +338,6 @@ def _write(
         processor.save(cache_dir)
         (cache_dir / HELDOUT_TEXT).write_bytes(b"".join(answers))
         (cache_dir / _SKIPPED).write_text("".join(f"{line}\n" for line in skipped), encoding="utf-8")
-        (cache_dir / _MANIFEST).write_text(
-            json.dumps(manifest, indent=2) + "\n", encoding="utf-8"
-        )  # last: it says all is there
+        (cache_dir / _MANIFEST).write_text(sealed_json(manifest), encoding="utf-8")  # last: it says all is there
     except OSError as error:
         raise UserError(f"cannot write the prepared data to {cache_dir}: {error.strerror or error}") from None

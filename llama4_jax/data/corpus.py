@@ -1,7 +1,6 @@
 """From the sources that a DataConfig names to packed rows of token ids, kept on disk for the next start."""
 
 import dataclasses
-import json
 import os
 import shutil
 import tempfile
@@ -14,7 +13,7 @@ from tqdm import tqdm
 
 from llama4_jax.config import DataConfig
 from llama4_jax.data.bad_records import BadRecords
-from llama4_jax.data.digest import ContentDigest, hash_file, hash_json
+from llama4_jax.data.digest import ContentDigest, hash_file, hash_json, sealed_json, unsealed_json
 from llama4_jax.data.documents import (
     describe_tokenizer,
     make_tokenizer,
@@ -217,7 +216,7 @@ def _write(directory: Path, split: _Split, tokenizer: Tokenizer, inputs: dict, s
     )
     files = {path.name: hash_file(path) for path in sorted(directory.iterdir())}
     manifest = {"inputs": inputs, "counts": dataclasses.asdict(counts), "files": files}
-    (directory / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    (directory / _MANIFEST).write_text(sealed_json(manifest), encoding="utf-8")
 
 
 def _tokenize(documents: list[tuple[int, Document]], tokenizer: Tokenizer, progress: bool) -> TokenizedDocuments:
@@ -266,8 +265,7 @@ def _load_prepared(config: DataConfig, vocab_size: int, document_window: int | N
 
 def _load(config: DataConfig, directory: Path, inputs: dict) -> Corpus:
     try:
-        text = (directory / _MANIFEST).read_text(encoding="utf-8")
-        manifest = json.loads(text)
+        manifest = unsealed_json((directory / _MANIFEST).read_text(encoding="utf-8"))
         counts = CorpusCounts(**manifest["counts"])
         require_same_inputs(manifest["inputs"], inputs, directory)
         for name, content in manifest["files"].items():

@@ -40,3 +40,16 @@ def hash_file(path: Path) -> str:
 def hash_json(content: Any) -> str:
     """Of anything that JSON can hold; the order of a dictionary's keys does not matter."""
     return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def sealed_json(content: dict[str, Any]) -> str:
+    """A manifest as text, with its own hash in it."""
+    return json.dumps(content | {"seal": hash_json(content)}, indent=1) + "\n"
+
+
+def unsealed_json(text: str) -> dict[str, Any]:
+    """What `sealed_json` made the text of. Raises ValueError when it is not what was written."""
+    content = json.loads(text)
+    if not isinstance(content, dict) or content.pop("seal", None) != hash_json(content):
+        raise ValueError("it is not what was written")
+    return content

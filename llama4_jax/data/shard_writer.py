@@ -8,7 +8,6 @@ import concurrent.futures
 import dataclasses
 import functools
 import itertools
-import json
 import multiprocessing
 import os
 import signal
@@ -22,7 +21,7 @@ from tqdm import tqdm
 
 from llama4_jax.config import DataConfig
 from llama4_jax.data.bad_records import BadRecords
-from llama4_jax.data.digest import ContentDigest, hash_file
+from llama4_jax.data.digest import ContentDigest, hash_file, sealed_json
 from llama4_jax.data.documents import make_tokenizer, require_both_parts, require_lossless, split_documents, tokenize
 from llama4_jax.data.shards import (
     FORMAT,
@@ -332,7 +331,7 @@ def _note_shard(directory: Path, manifest: dict, bar, name: str, entry: dict) ->
 
 def _write_manifest(directory: Path, manifest: dict) -> None:
     unfinished = directory / f"{MANIFEST}.unfinished"
-    unfinished.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    unfinished.write_text(sealed_json(manifest), encoding="utf-8")
     os.replace(unfinished, directory / MANIFEST)
 
 

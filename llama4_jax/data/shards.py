@@ -11,7 +11,6 @@ shard_writer.py makes such a folder; here is what reads one.
 
 import dataclasses
 import functools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,13 @@ from array_record.python.array_record_module import ArrayRecordReader
 from jaxtyping import Int, Integer
 
 from llama4_jax.config import DataConfig
-from llama4_jax.data.digest import hash_file, hash_json
+from llama4_jax.data.digest import hash_file, hash_json, unsealed_json
 from llama4_jax.data.documents import describe_tokenizer, token_dtype
 from llama4_jax.errors import UserError
 from llama4_jax.processing.tokenizer import Tokenizer
 
 MANIFEST, TOKENIZER_FILE, HELDOUT_TEXT = "manifest.json", "tokenizer.json", "heldout.txt"
-FORMAT = 1  # rises when the same input would give other shards
+FORMAT = 2  # rises when the same input would give other shards
 _OPEN_READERS = 256
 _LONG_DOCUMENT = 1 << 16  # tokens from which a document is kept for its next piece
 
@@ -152,7 +151,7 @@ def read_manifest(directory: Path, missing_ok: bool = False) -> dict | None:
     """The manifest; None where there is none and that is fine. Raises UserError when it is missing or damaged."""
     path = directory / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = unsealed_json(path.read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
             raise UserError(f"{path} is of format {manifest['format']}, not {FORMAT}: prepare the data anew")
         manifest["settings"], manifest["finished"], manifest["shards"]

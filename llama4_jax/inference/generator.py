@@ -148,9 +148,9 @@ class Generator:
         return decoding.State(cache, logits, keys, jnp.int32(0), jnp.zeros(len(prompts), bool))
 
     def _length_over_context(self, needed: int) -> int | None:
-        """Of rows that lie over `context`: whole chunks on each of its shards. None without it."""
+        """Of rows that lie over `context`: whole chunks in each piece of its shards. None without it."""
         shards = 1 if self._mesh is None else self._mesh.shape["context"]
-        unit = shards * (self.model.config.attention_chunk_size or decoding.bucket(1))
+        unit = 2 * shards * (self.model.config.attention_chunk_size or decoding.bucket(1))  # 2: as zigzag needs
         return -(-needed // unit) * unit if shards > 1 else None
 
     def _images(self, prompts: list[Prompt]) -> np.ndarray | None:

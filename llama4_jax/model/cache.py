@@ -11,6 +11,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from llama4_jax.config import ModelConfig
+from llama4_jax.parallel.context_parallel import Zigzag
 
 EMPTY = -1  # the position of a slot that holds nothing
 
@@ -21,25 +22,29 @@ class Slots:
 
     Attributes:
         positions: of each slot; EMPTY where it holds nothing.
+        zigzag: the order of the slots, where it is not that of the positions.
     """
 
     positions: Int[Array, "B S"]
+    zigzag: Zigzag | None = struct.field(pytree_node=False, default=None)
 
     def places(self, positions: Int[Array, "B T"], valid: Bool[Array, "B T"]) -> Int[Array, "B T"]:
         """The slot of each token; S, which is out of range, for padding and for tokens that a later one overwrites."""
         S = self.positions.shape[1]
         last = jnp.max(jnp.where(valid, positions, EMPTY), axis=1, keepdims=True)
-        return jnp.where(valid & (positions > last - S), positions % S, S)
+        slots = positions % S if self.zigzag is None else self.zigzag.places(positions % S)
+        return jnp.where(valid & (positions > last - S), slots, S)
 
     def write(self, positions: Int[Array, "B T"], places: Int[Array, "B T"]) -> "Slots":
         rows = jnp.arange(positions.shape[0])[:, None]
-        return Slots(self.positions.at[rows, places].set(positions, mode="drop"))
+        return self.replace(positions=self.positions.at[rows, places].set(positions, mode="drop"))
 
-    def filled(self, lengths: Int[Array, " B"]) -> "Slots":
-        """As `write` leaves empty slots after the positions 0 to lengths - 1, of which the last S-aligned window is kept."""
+    def filled(self, lengths: Int[Array, " B"], zigzag: Zigzag | None) -> "Slots":
+        """After the positions 0 to lengths - 1 were written to empty slots, of which the last S-aligned window is kept."""
         S = self.positions.shape[1]
         held = last_window(lengths, S)[:, None] + jnp.arange(S, dtype=jnp.int32)
-        return Slots(jnp.where(held < lengths[:, None], held, EMPTY))
+        held = held if zigzag is None else zigzag.arrange(held)
+        return Slots(jnp.where(held < lengths[:, None], held, EMPTY), zigzag)
 
 
 def last_window(lengths: Int[Array, " B"], size: int) -> Int[Array, " B"]:

@@ -21,6 +21,7 @@ class KindContext:
     Attributes:
         fresh: the mask among the tokens at hand.
         spans: the same as places of the row, for rows that lie on several devices.
+        slots: of the cache once these tokens are in it; None without a cache.
         places: the cache slot of each token; None without a cache.
         joined: the mask over the cached slots as they were, followed by the tokens at hand.
         written: the mask over the cached slots once these tokens are in them.
@@ -29,6 +30,7 @@ class KindContext:
 
     fresh: Mask
     spans: Intervals | None = None
+    slots: Slots | None = None
     places: Int[Array, "B T"] | None = None
     joined: Mask | None = None
     written: Mask | None = None
@@ -115,19 +117,25 @@ def make_context(
 
     def kind(chunk: int | None, slots: Slots | None) -> KindContext:
         fresh = Mask(positions, segment_ids, chunk=chunk, document_window=document_window)
+        if cache is None or whole_rows:
+            found = KindContext(fresh, spans_of(Mask(*in_rows, chunk=chunk), *shape, zigzag))
+        else:
+            found = KindContext(fresh)
         if slots is None:
-            return KindContext(fresh, spans_of(Mask(*in_rows, chunk=chunk), *shape, zigzag))
+            return found
         over = lambda keys: Mask(positions, key_positions=keys, chunk=chunk)  # noqa: E731
-        places = slots.places(positions, valid)
         if not cache.is_empty:
             joined = jnp.concatenate([slots.positions, jnp.where(valid, positions, EMPTY)], axis=1)  # [B, S + T]
-            return KindContext(fresh, None, places, over(joined), over(slots.write(positions, places).positions))
-        if not whole_rows:
-            return KindContext(fresh, None, places, None, over(slots.write(positions, places).positions))
-        lengths = valid.sum(axis=1, dtype=jnp.int32)
-        spans = spans_of(fresh, *shape, None)
-        window = last_window(lengths, slots.positions.shape[1])
-        return KindContext(fresh, spans, places, None, over(slots.filled(lengths).positions), window)
+            found = found.replace(joined=over(joined))
+        places = slots.places(positions, valid)
+        if whole_rows:
+            lengths = valid.sum(axis=1, dtype=jnp.int32)
+            first = last_window(lengths, slots.positions.shape[1])
+            found = found.replace(last_chunk=first if zigzag is None else zigzag.places(first))
+            slots = slots.filled(lengths, zigzag if chunk is None else None)
+        else:
+            slots = slots.write(positions, places)
+        return found.replace(slots=slots, places=places, written=over(slots.positions))
 
     return Context(
         valid=valid,

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from llama4_jax.config import ExecutionConfig, LayerKind, ModelConfig
 from llama4_jax.model.attention import Attention
-from llama4_jax.model.cache import Cache, LayerCache, Slots
+from llama4_jax.model.cache import Cache, LayerCache
 from llama4_jax.model.context import Context
 from llama4_jax.model.moe import DenseFFN, MoE, RouterStats
 from llama4_jax.model.norms import RMSNorm
@@ -92,8 +92,8 @@ def run_layers(
         cache = Cache(
             keys=carry.keys,
             values=carry.values,
-            local=Slots(context.local.written.key_positions),
-            full=Slots(context.full.written.key_positions),
+            local=context.local.slots,
+            full=context.full.slots,
             lengths=cache.lengths + context.valid.sum(axis=1, dtype=jnp.int32),
         )
     return carry.x, cache, in_layer_order(stats)

@@ -7,12 +7,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from llama4_jax.config import ExecutionConfig, ModelConfig
 from llama4_jax.errors import UserError
 from llama4_jax.model.cache import Cache
-from llama4_jax.model.context import make_context
+from llama4_jax.model.context import Context, make_context
 from llama4_jax.model.decoder import run_layers, scanned_blocks
 from llama4_jax.model.embedding import Embedding
 from llama4_jax.model.linear import normal, project
@@ -98,7 +98,8 @@ class Llama4(nn.Module):
             raise UserError("this model has a router bias: give it model_state (of TrainState, or init_model_state) too")
         dtype = jnp.dtype(self.execution.compute_dtype)
         places = None if images is None else patch_places(tokens, self.config.vision.patch_token_id)
-        zigzag = zigzag_of(self.execution, *tokens.shape) if cache is None else None
+        in_place = cache is None or (cache.is_empty and cache.full.positions.shape == tokens.shape)  # slots lie as tokens do
+        zigzag = zigzag_of(self.execution, *tokens.shape) if in_place else None
         if zigzag is not None:
             if positions is None and segment_ids is None:
                 document_window = self.config.attention_chunk_size  # one document a row begins where the row does
@@ -110,20 +111,24 @@ class Llama4(nn.Module):
             x = fuse(x, self.vision(images), places)
         x = nn.with_logical_constraint(x, ("batch", "seq", "act_embed"))
         x, cache, stats = run_layers(self.layers, x, context, cache)
-        x = self.final_norm(last_tokens(x, context.valid) if last_logits_only else x)
+        x = self.final_norm(last_tokens(x, context) if last_logits_only else x)
         head = self.embed.table().T if self.config.tie_embeddings else self.lm_head()
         if targets is not None:
             log_probs = target_log_probs(x, head.astype(dtype), targets, self.execution.loss_block_size)
             return Output(None, log_probs if zigzag is None else zigzag.restore(log_probs), cache, stats)
         logits = project(x, head, HEAD_AXES).astype(jnp.float32)
-        return Output(logits if zigzag is None else zigzag.restore(logits), None, cache, stats)
+        return Output(logits if zigzag is None or last_logits_only else zigzag.restore(logits), None, cache, stats)
 
 
-def last_tokens(x: Float[Array, "B T D"], valid: Bool[Array, "B T"] | None) -> Float[Array, "B 1 D"]:
+def last_tokens(x: Float[Array, "B T D"], context: Context) -> Float[Array, "B 1 D"]:
     """Of each row the last token that is not padding."""
+    T, valid, zigzag = x.shape[1], context.valid, context.zigzag
     if valid is None:
-        return x[:, -1:]
-    last = valid.shape[1] - 1 - jnp.argmax(valid[:, ::-1], axis=1)
+        last = jnp.full(len(x), T - 1)
+    else:
+        valid = valid if zigzag is None else zigzag.restore(valid)
+        last = T - 1 - jnp.argmax(valid[:, ::-1], axis=1)
+    last = last if zigzag is None else zigzag.places(last)
     return jnp.take_along_axis(x, last[:, None, None], axis=1)
 
 

@@ -64,24 +64,33 @@ class Zigzag:
     """The order in which rows of `length` places lie over `shards` shards.
 
     Attributes:
-        order: the place in the row of each place of the layout, shard after shard.
+        pieces: the place in the row of each piece of the layout, shard after shard.
     """
 
     length: int
     shards: int
 
     @property
-    def order(self) -> Int[np.ndarray, " T"]:
-        pieces = np.arange(self.length).reshape(2 * self.shards, -1)
-        return np.concatenate([pieces[[i, 2 * self.shards - 1 - i]].reshape(-1) for i in range(self.shards)])
+    def pieces(self) -> Int[np.ndarray, " P"]:
+        first = np.arange(self.shards)
+        return np.stack([first, 2 * self.shards - 1 - first], axis=1).reshape(-1)
 
     def arrange(self, x: Array | None) -> Array | None:
         """[B, T, ...] from the row's order to the layout's."""
-        return None if x is None else jnp.take(x, self.order, axis=1)
+        return None if x is None else self._take(x, self.pieces)
 
     def restore(self, x: Array | None) -> Array | None:
         """The inverse."""
-        return None if x is None else jnp.take(x, np.argsort(self.order), axis=1)
+        return None if x is None else self._take(x, np.argsort(self.pieces))
+
+    def places(self, positions: Int[Array, "*B"]) -> Int[Array, "*B"]:
+        """Where the layout has these places of the row."""
+        size = self.length // (2 * self.shards)
+        return jnp.asarray(np.argsort(self.pieces), positions.dtype)[positions // size] * size + positions % size
+
+    def _take(self, x, pieces):
+        cut = x.reshape(x.shape[0], 2 * self.shards, -1, *x.shape[2:])
+        return jnp.take(cut, pieces, axis=1).reshape(x.shape)
 
 
 def zigzag_of(execution: ExecutionConfig, rows: int, positions: int) -> Zigzag | None:
@@ -162,8 +171,8 @@ def _exchange(mesh: AbstractMesh, query: Array, key: Array) -> Exchange:
 def _with_positions(mask: Mask, zigzag: Zigzag | None, T: int) -> Mask:
     if mask.query_positions is not None:
         return mask
-    order = zigzag.order if zigzag else np.arange(T)
-    return Mask(jnp.asarray(order, jnp.int32)[None], mask.query_segment_ids, chunk=mask.chunk)
+    places = jnp.arange(T, dtype=jnp.int32)[None]
+    return Mask(zigzag.arrange(places) if zigzag else places, mask.query_segment_ids, chunk=mask.chunk)
 
 
 def _all_gather(local, query, key, value, mask: Mask):

@@ -49,12 +49,14 @@ class BufferRows:
 
 
 def buffer_rows(rows: int, shards: int) -> BufferRows:
-    """For `rows` rows that go to `shards` receivers: SPARE and LATER even shares in whole tiles, never above all rows."""
+    """For `rows` rows that go to `shards` receivers: at most SPARE and LATER even shares, in whole tiles.
 
-    def tiles(shares: float) -> int:
-        return min(rows, -(-int(rows * shares) // (shards * ROW_MULTIPLE)) * ROW_MULTIPLE)
-
-    return BufferRows(tiles(SPARE), max(tiles(LATER), min(rows, ROW_MULTIPLE)))
+    The first has room for an even share at least, and neither is ever above all rows.
+    """
+    share, tile = rows / shards, ROW_MULTIPLE
+    first = max(math.ceil(share / tile) * tile, int(SPARE * share) // tile * tile)
+    later = max(tile, int(LATER * share) // tile * tile)
+    return BufferRows(min(rows, first), min(rows, later))
 
 
 def exchange_bytes(
@@ -112,20 +114,21 @@ def routed_experts(
 ) -> Float[Array, "B T D"]:
     """sum over x of expert_{e_x}(s_x * x) for every token, on the mesh of `use_mesh`; `ffn` computes it on one device.
 
-    Without a mesh, or for rows and positions that the mesh does not divide (one prompt on eight devices), it is `ffn`,
-    which the compiler then splits as it sees fit.
+    Without a mesh, or for rows that the mesh does not divide (one prompt on eight devices), it is `ffn`, which the compiler
+    then splits as it sees fit. Positions that `context` does not divide (the one of a decoded token) are on all its shards.
 
     Raises:
         UserError: the mesh does not divide the experts or the model's width.
     """
     mesh = current_mesh()
-    if mesh is None or not splits_batch(mesh, *x.shape[:2]):
+    if mesh is None or not splits_batch(mesh, len(x), positions=0):
         return _on_rows(partial(ffn, order=order), x, experts, scores, gate_up, down)
     sizes = mesh.shape
-    rows = P(BATCH_AXES, "context")
+    rows = P(BATCH_AXES, "context" if splits_batch(mesh, *x.shape[:2]) else None)
     gate_up_spec = partition("gate_up", gate_up.shape, P("experts", None, "embed", "ffn"), mesh)
     down_spec = partition("down", down.shape, P("experts", "ffn", "embed"), mesh)
-    form = _cheapest(mesh, x, experts.shape[-1], gate_up) if exchange == "auto" else exchange
+    shards = math.prod(sizes[axis] for axis in (*BATCH_AXES, rows[1]) if axis)
+    form = _cheapest(mesh, x, shards, experts.shape[-1], gate_up) if exchange == "auto" else exchange
     if form == "gather_weights" or sizes["expert"] == 1:
         # Each tensor shard answers with a part of the sum; adding outside leaves the all-reduce to the compiler, which can
         # join it with the shared expert's.
@@ -151,12 +154,11 @@ def routed_experts(
     return y.sum(axis=0) if form == "gather_weights" else y
 
 
-def _cheapest(mesh: AbstractMesh, x: Array, experts_per_token: int, gate_up: Array) -> Exchange:
-    """The cost rule's choice for these shapes."""
-    B, T, D = x.shape
+def _cheapest(mesh: AbstractMesh, x: Array, shards: int, experts_per_token: int, gate_up: Array) -> Exchange:
+    """The cost rule's choice for tokens [B, T, D] that lie in so many shards."""
     return choose_exchange(
-        tokens=B * T // math.prod(mesh.shape[axis] for axis in (*BATCH_AXES, "context")),
-        hidden_size=D,
+        tokens=x.shape[0] * x.shape[1] // shards,
+        hidden_size=x.shape[2],
         experts_per_token=experts_per_token,
         num_experts=gate_up.shape[0],
         expert_ffn_size=gate_up.shape[-1],

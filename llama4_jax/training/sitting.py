@@ -163,13 +163,20 @@ class Sitting:
                 self._settle(in_flight)
                 in_flight = None
                 self.timer.stop()
-                self._evaluate_and_save()
+                if not self._must_go_back():
+                    self._evaluate_and_save()
             if self._must_go_back():
                 in_flight = None
                 self._go_back()
         if in_flight is not None:
             self._settle(in_flight)
         if self.stop.name:
+            self._save_and_tell_stop()
+
+    def _save_and_tell_stop(self) -> None:
+        if self.skipped:  # saved amid these, the run could not go back to before them, and would end with other bits
+            self.progress.say(f"{self.stop.name}: stopped amid steps left out; run again to go on from step {self.saved_step}")
+        else:
             self._save()
             self.progress.say(f"{self.stop.name}: saved step {self.step} and stopped; run again to go on")
 

@@ -1,5 +1,7 @@
 """What a run shows beside its progress line: TensorBoard, a profiler trace, the memory of a device."""
 
+import contextlib
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,8 @@ from jax.stages import Compiled
 
 from llama4_jax.config import ProfileConfig
 from llama4_jax.parallel import processes
+
+logger = logging.getLogger(__name__)
 
 
 def scalars_of(record: dict[str, Any]) -> dict[str, float]:
@@ -34,21 +38,32 @@ def scalars_of(record: dict[str, Any]) -> dict[str, float]:
 
 
 class TensorBoard:
-    """Event files of a run; those of steps that are run again are hidden."""
+    """Event files of a run; those of steps that are run again are hidden. A disk that refuses them is told, and stops nothing."""
 
     def __init__(self, folder: Path, first_step: int):
         from tensorboardX import SummaryWriter  # here, since it takes half a second
 
         options = {"purge_step": first_step, "flush_secs": 30, "write_to_disk": processes.is_first()}
-        self._writer = SummaryWriter(str(folder), **options)
+        self._folder, self._writer = folder, SummaryWriter(str(folder), **options)
 
     def write(self, record: dict[str, Any]) -> None:
         """`record` is a line of metrics.jsonl."""
-        for tag, value in scalars_of(record).items():
-            self._writer.add_scalar(tag, value, record["step"])
+        with self._told():
+            for tag, value in scalars_of(record).items() if self._writer else ():
+                self._writer.add_scalar(tag, value, record["step"])
 
     def close(self) -> None:
-        self._writer.close()
+        with self._told():
+            if self._writer:
+                self._writer.close()
+
+    @contextlib.contextmanager
+    def _told(self):
+        try:
+            yield
+        except (OSError, ValueError) as error:  # of a closed file or queue: its thread had met the first error
+            logger.warning("TensorBoard's files in %s are not written any more: %s", self._folder, error)
+            self._writer = None
 
 
 class TraceWindow:

@@ -8,6 +8,7 @@ import pytest
 from llama4_jax.config import DataConfig
 from llama4_jax.data import shard_writer, shards
 from llama4_jax.data.deduplicate import SIMILARITY, shingles, similarity
+from llama4_jax.data.digest import sealed_json, unsealed_json
 from llama4_jax.data.packing import check_windows
 from llama4_jax.data.pipeline import heldout_batches, prepare_corpus, train_batches
 from llama4_jax.data.row_streams import StreamedRows
@@ -87,7 +88,7 @@ def test_the_split_is_that_of_the_corpus_in_memory(config, corpus, tmp_path):
 
 def test_the_manifest_counts_what_is_there(config, prepared, corpus):
     directory, manifest = prepared
-    assert json.loads((directory / "manifest.json").read_text()) == manifest
+    assert unsealed_json((directory / "manifest.json").read_text()) == manifest
     train = texts_of(corpus, corpus.train.documents)
     assert len(manifest["shards"]) > 6
     assert [source["source"] for source in manifest["sources"]] == list(config.sources)
@@ -190,8 +191,8 @@ def test_a_folder_made_anew_with_another_tokenizer_uses_that_one(config, tmp_pat
 
 def test_a_finished_shard_that_went_missing_is_written_again(config, prepared, tmp_path):
     directory = copy(prepared[0], tmp_path / "shards")
-    manifest = json.loads((directory / "manifest.json").read_text()) | {"finished": False}
-    (directory / "manifest.json").write_text(json.dumps(manifest))
+    manifest = unsealed_json((directory / "manifest.json").read_text()) | {"finished": False}
+    (directory / "manifest.json").write_text(sealed_json(manifest))
     (directory / "train-00-00001.array_record").unlink()
     prepare_shards(config, directory, **SHARD)
     assert contents(directory) == contents(prepared[0])

@@ -22,10 +22,11 @@ CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "all gone": (lambda data: shutil.rmtree(data), "no data at"),
 }
 # The same of what training prepared from them.
-PREPARED: dict[str, Callable[[Path], object]] = {
-    "prepared ids flipped": lambda corpus: _flip(corpus / "train_ids.npy", 400),
-    "prepared order cut": lambda corpus: (corpus / "train_plan.npy").write_bytes((corpus / "train_plan.npy").read_bytes()[:-9]),
-    "tokenizer deleted": lambda corpus: (corpus / "tokenizer.json").unlink(),
+PREPARED: dict[str, tuple[Callable[[Path], object], str]] = {
+    "prepared ids flipped": (lambda corpus: _flip(corpus / "train_ids.npy", 400), "train_ids.npy is damaged"),
+    "prepared order cut": (lambda corpus: (corpus / "train_plan.npy").write_bytes(b"x"), "train_plan.npy is damaged"),
+    "its manifest flipped": (lambda corpus: _flip(corpus / "corpus.json", 200), "are damaged"),
+    "tokenizer deleted": (lambda corpus: (corpus / "tokenizer.json").unlink(), "cannot read"),
 }
 SETTINGS: dict[str, dict[str, object]] = {
     "data.batch_size": {"data__batch_size": 4},
@@ -57,7 +58,7 @@ def changed(bench: Bench) -> Iterator[Row]:
     """The data, what was prepared of them, or a setting changes: refused by name. Undone, the run goes on to the same bits."""
     data = bench.folder / "changing"
     shutil.copytree(bench.data, data)
-    run = stopped_run(bench, "changed", data__sources=data)
+    run = stopped_run(bench, "changed", data__sources=str(data))
     rows = []
     for moment, (change, words) in CHANGES.items():
         change(data)
@@ -66,9 +67,9 @@ def changed(bench: Bench) -> Iterator[Row]:
         shutil.copytree(bench.data, data)
     corpus, good = run.workdir / "corpus", run.workdir / "corpus.good"
     shutil.copytree(corpus, good)
-    for moment, change in PREPARED.items():
+    for moment, (change, words) in PREPARED.items():
         change(corpus)
-        rows.append(stopped(run, run.start(), Row("prepared data damaged", 0, moment, "refused"), "damaged"))
+        rows.append(stopped(run, run.start(), Row("prepared data damaged", 0, moment, "refused"), words))
         shutil.rmtree(corpus)
         shutil.copytree(good, corpus)
     for moment, settings in SETTINGS.items():
@@ -77,22 +78,18 @@ def changed(bench: Bench) -> Iterator[Row]:
     return iter(rows)
 
 
-def write_lines(path: Path, bad: list[bytes]) -> Path:
-    """Forty good lines, then these."""
-    numbers = np.random.default_rng(1)
-    texts = [" ".join(f"word{word}" for word in numbers.integers(0, 400, 100)) for _ in range(40)]
-    path.mkdir()
-    (path / "r.jsonl").write_bytes(b"".join(json.dumps({"text": text}).encode() + b"\n" for text in texts) + b"\n".join(bad))
-    return path
-
-
 def poisoned(bench: Bench) -> Iterator[Row]:
     """Records that cannot be read: within the budget a run is what it would be without them; one more stops it."""
-    bad = [b'{"text": "cut', b'{"text": "\xe9"}', b'{"body": "no text"}']
-    clean = bench.run("clean", data__sources=write_lines(bench.folder / "clean-lines", []))
+    numbers, source = np.random.default_rng(1), bench.folder / "lines"
+    source.mkdir()
+    with open(source / "r.jsonl", "wb") as file:
+        for _ in range(40):
+            file.write(json.dumps({"text": " ".join(f"word{word}" for word in numbers.integers(0, 400, 100))}).encode() + b"\n")
+    clean = bench.run("clean", data__sources=str(source))
     clean.finish()
-    source = write_lines(bench.folder / "bad-lines", bad)
-    run = bench.run("poisoned", data__sources=source)
+    with open(source / "r.jsonl", "ab") as file:
+        file.writelines([b'{"text": "cut\n', b'{"text": "\xe9"}\n', b'{"body": "no text"}\n'])
+    run = bench.run("poisoned", data__sources=str(source))
     row = Row("three bad records", 0, "two may be left out", "refused")
     yield stopped(run, run.start(data__max_bad_records=2), row, f"{source / 'r.jsonl'}, line 43 has no text")
     row = Row("three bad records", 0, "three may be left out; killed between")

@@ -63,6 +63,11 @@ def at_moments(bench: Bench, moments: Iterable[str], *, processes: int = 1, vict
     return settled(run, rows)
 
 
+def on_every_process(moment: str) -> bool:
+    """Whether a process other than the first comes to it: the first alone makes a checkpoint count."""
+    return moment in ("before a save", "copied to the host, files being written", "files written, before their checksums")
+
+
 def fresh_step(run: Run, job: Job) -> int:
     """The last step that this start has logged, 0 before it has logged any."""
     return run.step() if "MFU is of" in job.output() else 0

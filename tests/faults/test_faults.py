@@ -1,8 +1,10 @@
-"""The short form of the fault suite: real runs, broken, end with the bits of an unbroken one. The long form: python -m tests.faults."""
+"""The short form of the fault suite: real runs, broken, end with the bits of unbroken ones. The long: python -m tests.faults"""
 
 import pytest
 
-from tests.faults.harness import SLOWLY, Bench
+from llama4_jax.checkpoints import manifest
+from tests.faults import damage, data, disks, kills
+from tests.faults.harness import Bench
 
 
 @pytest.fixture(scope="module")
@@ -12,12 +14,59 @@ def bench(tmp_path_factory):
     bench.close()
 
 
-def test_a_run_that_is_killed_goes_on_to_the_same_bits(bench):
-    run = bench.run("killed")
-    job = run.start([SLOWLY])
-    assert job.wait_until(lambda: run.step() >= 10)
-    job.kill()
-    job.ended()
-    run.finish()
-    assert run.lost and run.lost[0] <= 8
-    assert run.compare().wrong == []
+@pytest.fixture(scope="module")
+def killed(bench):
+    """Rows of a run that was killed three times, and the unbroken one beside it."""
+    rows = list(kills.at_moments(bench, ["before the manifest", "an old one renamed, not deleted", "verifying"]))
+    return rows, bench.unbroken(bench.runs[-1])
+
+
+def assert_right(rows, count):
+    rows = list(rows)
+    assert len(rows) == count and all(row.right for row in rows), [row for row in rows if not row.right]
+
+
+def test_kill_9_in_a_step_in_a_save_and_in_a_deletion(killed):
+    assert_right(killed[0], 3)
+
+
+def test_no_flipped_bit_of_a_checkpoint_comes_back_as_a_number(bench, killed):
+    assert_right(damage.flips(bench, killed[1], 0, count=40), 40)
+
+
+def test_without_verification_the_flips_are_reported_as_wrong_results(bench, killed, monkeypatch):
+    """So the suite can fail."""
+    monkeypatch.setattr(manifest, "require_whole", lambda *_, **__: None)
+    rows = list(damage.flips(bench, killed[1], 0, count=40, among="state/**/d/*"))
+    assert sum(bool(row.wrong) for row in rows) > 5
+
+
+def test_no_flipped_bit_of_a_shard_becomes_another_token(bench):
+    assert_right(data.shards(bench, 0, count=40), 40)
+
+
+@pytest.mark.slow
+def test_kill_9_at_random_moments_of_one_process_and_of_either_of_two(bench):
+    assert_right(kills.at_random(bench, 3, kills=3), 3)
+    assert_right(kills.at_random(bench, 4, kills=2, processes=2), 2)
+
+
+@pytest.mark.slow
+def test_damaged_checkpoints_and_strays(bench):
+    assert_right(damage.of_runs(bench, ["a bit of its largest file flipped", "its manifest deleted", "a half-copied 902"]), 3)
+    assert_right(damage.of_all(bench), 2)
+
+
+@pytest.mark.slow
+def test_a_full_disk_stops_with_a_line_and_the_run_goes_on_when_there_is_room(bench):
+    assert_right(disks.full_for_real(bench), 2)
+
+
+@pytest.mark.slow
+def test_bad_records_and_changed_settings(bench):
+    assert_right(data.poisoned(bench), 2)
+
+
+@pytest.mark.slow
+def test_other_processes_and_meshes_go_on_with_the_same_batches(bench):
+    assert_right(data.places(bench, data.PLACES[:4]), 4)

@@ -1,6 +1,11 @@
 """Text generation gives what whole forward passes would, whatever the batch, the padding, the pieces and the streaming."""
 
 import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -165,3 +170,13 @@ def test_bad_input_is_named(tiny):
         Limits(0)
     with pytest.raises(UserError, match=r"stop strings must not be empty, got \('a', ''\)"):
         Limits(stop=("a", ""))
+
+
+def test_prompts_over_context_continue_as_on_one_device():
+    """Of ragged prompts, one of several chunks, on meshes whose shards hold parts of a row."""
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    script = str(Path(__file__).with_name("over_context.py"))
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr
+    alone, *on_meshes = json.loads(done.stdout)
+    assert len(alone[1]) == 12 and on_meshes == [alone] * 2

@@ -165,10 +165,11 @@ def train_two_steps(model, mesh):
     )  # fmt: skip
 
 
-def read_and_decode(sizes) -> dict:
+def read_and_decode(sizes, layout="contiguous") -> dict:
     """A prompt over `context` and tokens behind it, one of which begins a new chunk, against a forward pass of all on one
     device; what a device holds of the cache; and the collectives of decoding."""
     model, rng, lengths, new, length = Llama4(CONFIG), np.random.default_rng(1), [46, 33], 6, 64
+    on_mesh = Llama4(CONFIG, ExecutionConfig(context_layout=layout, context_exchange="ring"))
     params = init_params(model, jax.random.key(3))
     rows = jnp.asarray(rng.integers(0, CONFIG.vocab_size, (len(lengths), max(lengths) + new)))
     expected = model.apply({"params": params}, rows).logits
@@ -177,9 +178,9 @@ def read_and_decode(sizes) -> dict:
     mesh, errors = mesh_of(sizes), []
     with use_mesh(mesh):
         variables = {"params": jax.device_put(params, named_shardings(params, logical_axes(model), mesh))}
-        cache = decoding.empty_cache(model, len(rows), length)
-        logits, cache = decoding.prefill(model, variables, cache, tokens, segment_ids)
-        step = jax.jit(lambda variables, token, cache: model.apply(variables, token, cache=cache))
+        cache = decoding.empty_cache(on_mesh, len(rows), length)
+        logits, cache = decoding.prefill(on_mesh, variables, cache, tokens, segment_ids)
+        step = jax.jit(lambda variables, token, cache: on_mesh.apply(variables, token, cache=cache))
         for i in range(new):
             places = jnp.asarray(lengths) + i
             want = jnp.take_along_axis(expected, places[:, None, None] - 1, axis=1)[:, 0]
@@ -270,9 +271,23 @@ def collectives_of_a_projection() -> list[str]:
         return collectives(gradients, of(rows, ROWS, LENGTH, 32), of(kernel, 32, 4, 8), of(rows, ROWS, LENGTH, 4, 8))
 
 
-def count_collectives():
+def layers_whose_attention_sends(params, batch, **execution) -> list[str]:
+    """In the whole gradient's compiled program, under data=2 x context=4; what projections do with their weights aside."""
+    model, mesh = Llama4(CONFIG, ExecutionConfig(context_exchange="ring", **execution)), mesh_of({"data": 2, "context": 4})
+    objective = cross_entropy_objective(model, ObjectiveConfig())
+    with use_mesh(mesh):
+        gradient = jax.jit(jax.grad(lambda p, b: objective(p, b, None)[0]))
+        lines = gradient.lower(params, put_batch(batch, mesh)).compile(OPTIONS).as_text().splitlines()
+    sent = [line for line in lines if re.search(r" (all-gather|all-to-all|collective-permute|reduce-scatter)(-start)?\(", line)]
+    return sorted({found[1] for line in sent if (found := re.search(r'op_name="[^"]*/(layer_\d)/attention/', line))})
+
+
+def count_collectives(params, batch):
     report(
         "collectives",
+        in_the_model=layers_whose_attention_sends(params, batch),
+        in_the_model_zigzag=layers_whose_attention_sends(params, batch, context_layout="zigzag"),
+        in_the_model_without_the_promise=layers_whose_attention_sends(params, batch.replace(document_window=None)),
         local=collectives_of_attention(CHUNK, CHUNK),
         local_zigzag=collectives_of_attention(CHUNK, CHUNK, context_layout="zigzag"),
         no_promise=collectives_of_attention(CHUNK, None, context_exchange="ring"),
@@ -301,9 +316,9 @@ def main(folder: str, *cases: str) -> None:
         worst = max(paths, key=paths.get)
         report(name, error=paths[worst], worst=worst)
     if folder != "-":
-        count_collectives()
-        for name, sizes in (("read", {"context": 8}), ("read_on_a_mesh", {"data": 2, "context": 2, "tensor": 2})):
-            report(name, **read_and_decode(sizes))
+        count_collectives(params, batch)
+        report("read", **read_and_decode({"context": 8}))
+        report("read_zigzag", **read_and_decode({"data": 2, "context": 2, "tensor": 2}, "zigzag"))
         train_two_steps(model, mesh_of({"fsdp": 2, "expert": 2, "tensor": 2}))
         move_between_meshes(model, folder)
 

@@ -17,8 +17,10 @@ def test_short_shards_gather_and_long_ones_go_round():
 @pytest.mark.parametrize("shards", [1, 2, 4, 8])
 def test_zigzag_gives_every_shard_the_same_share_of_the_triangle(shards):
     zigzag = Zigzag(64, shards)
-    keys_read = (zigzag.order + 1).reshape(shards, -1).sum(axis=1)
+    order = zigzag.arrange(np.arange(64)[None])[0]
+    keys_read = (order + 1).reshape(shards, -1).sum(axis=1)
     assert len(set(keys_read.tolist())) == 1
+    np.testing.assert_array_equal(order[zigzag.places(np.arange(64))], np.arange(64))
     x = np.arange(2 * 64).reshape(2, 64)
     np.testing.assert_array_equal(zigzag.restore(zigzag.arrange(x)), x)
     assert zigzag.arrange(None) is None

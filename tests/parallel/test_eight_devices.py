@@ -83,6 +83,12 @@ def test_attention_within_chunks_sends_nothing_and_a_ring_only_passes_on(records
     assert sent["no_promise"] == ["collective-permute"]
 
 
+def test_only_the_layer_without_rope_sends_in_its_attention(records):
+    sent = records["collectives"]
+    assert sent["in_the_model"] == sent["in_the_model_zigzag"] == ["layer_1"]
+    assert sent["in_the_model_without_the_promise"] == ["layer_0", "layer_1"]
+
+
 def test_tokens_travel_by_the_exchange_that_was_asked_for(records):
     sent = records["collectives"]
     assert sent["all_to_all"] == ["all-reduce", "all-to-all"]  # the all-reduce agrees on the number of rounds
@@ -90,7 +96,7 @@ def test_tokens_travel_by_the_exchange_that_was_asked_for(records):
     assert sent["gather_weights"] == ["all-gather"]
 
 
-@pytest.mark.parametrize("case, shares", [("read", [1, 1 / 8]), ("read_on_a_mesh", [1 / 4, 1 / 8])])
+@pytest.mark.parametrize("case, shares", [("read", [1, 1 / 8]), ("read_zigzag", [1 / 4, 1 / 8])])
 def test_prompts_and_their_cache_lie_over_context(records, case, shares):
     """Slots of the layer with RoPE on all shards of `context`, those of the NoPE layer split."""
     assert records[case]["error"] < 1e-5

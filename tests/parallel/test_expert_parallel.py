@@ -21,12 +21,12 @@ SCOUT = {
 
 
 def test_bytes_are_those_of_the_formula():
-    """Eight shards, 8,192 tokens: a bucket of 1,128 rows to seven others, there and back, against all 8,192."""
-    assert buffer_rows(8192, 8) == BufferRows(first=1128, later=256)
-    assert exchange_bytes("all_to_all", **SCOUT) == 4 * 7 * 1128 * 5120 * 2
+    """Eight shards, 8,192 tokens: a bucket of 1,120 rows to seven others, there and back, against all 8,192."""
+    assert buffer_rows(8192, 8) == BufferRows(first=1120, later=256)
+    assert exchange_bytes("all_to_all", **SCOUT) == 4 * 7 * 1120 * 5120 * 2
     assert exchange_bytes("all_gather", **SCOUT) == 4 * 7 * 8192 * 5120 * 2
     assert exchange_bytes("gather_weights", **SCOUT) == 3 * 7 * 2 * 3 * 5120 * 8192 * 2
-    assert exchange_bytes("all_to_all", **SCOUT | {"tensor_shards": 4}) == 4 * 7 * 1128 * 1280 * 2
+    assert exchange_bytes("all_to_all", **SCOUT | {"tensor_shards": 4}) == 4 * 7 * 1120 * 1280 * 2
     assert exchange_bytes("gather_weights", **SCOUT | {"tensor_shards": 4}) == 3 * 7 * 2 * 3 * 5120 * 2048 * 2
 
 
@@ -35,6 +35,7 @@ def test_buffers_hold_something_and_never_more_than_there_is(rows, shards):
     size = buffer_rows(rows, shards)
     assert 1 <= size.later <= rows and size.first <= rows
     assert size.first * shards >= rows or size.first == rows
+    assert size.first <= max(1.1 * rows / shards, rows / shards + 8)
 
 
 def test_the_cheapest_exchange_is_chosen():

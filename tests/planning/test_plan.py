@@ -59,13 +59,27 @@ def test_a_decoding_program_is_compiled_and_reported(config, tmp_path):
     assert [loop["turns"] for loop in found["measurement"]["loops"]] == [1]  # one token
 
 
+OVER_CONTEXT = [
+    "--config.mesh.fsdp=1", "--config.mesh.data=1", "--config.mesh.context=4", "--config.mesh.tensor=2",
+    "--config.data.batch_size=1", "--config.data.sequence_length=65536", "--config.model.nope_interval=2",
+    "--config.execution.context_layout=zigzag",
+]  # fmt: skip
+
+
 @pytest.mark.slow
 @libtpu
-@pytest.mark.parametrize("program", ["train", "prefill"])
-def test_the_other_programs_compile_too(config, program):
-    done = plan(f"--config={config}", "--topology=v5e:2x4", f"--program={program}")
+@pytest.mark.parametrize(
+    "program, flags", [("train", []), ("prefill", []), ("prefill", OVER_CONTEXT), ("decode", OVER_CONTEXT)]
+)
+def test_the_other_programs_compile_too(config, tmp_path, program, flags):
+    report = tmp_path / "plan.json"
+    done = plan(f"--config={config}", "--topology=v5e:2x4", f"--program={program}", f"--json={report}", *flags)
     assert done.returncode == 0, done.stderr
     assert "compiled by jax" in done.stdout
+    if flags:
+        cache = json.loads(report.read_text())["measurement"]["memory"]["arguments"]["cache"]
+        slots = 65536 / 4 + 8192  # of the layer without RoPE, over context; of the layer with it, one chunk
+        assert cache == pytest.approx(slots * 2 * 4 / 2 * 128 * 2, rel=0.02)  # and the slots' positions
 
 
 @pytest.mark.slow

@@ -15,7 +15,9 @@ import pytest
 from llama4_jax.app import load_experiment
 from llama4_jax.errors import UserError
 from llama4_jax.training import trainer
+from llama4_jax.training.goodput import account
 from llama4_jax.training.loop import train
+from llama4_jax.training.recorder import read_events
 
 FIXTURE = str(Path(__file__).parents[1] / "fixtures/tiny_experiment.py")
 TIMINGS = ("step_seconds", "tokens_per_second", "model_tflops_per_second", "mfu")
@@ -82,6 +84,16 @@ def test_a_run_leaves_what_it_promises(straight):
         path.name for path in workdir.iterdir()
     }
     assert result.evaluations["heldout"]["bits_per_byte"] < 9 and set(result.baselines) == {"gzip", "xz"}
+    events = read_events(workdir)
+    told = [(event["event"], event.get("step")) for event in events if event["event"] not in ("step", "saved")]
+    assert told == [
+        *(("start", None), ("restore", None), ("compile", 0), ("evaluate", 5), ("save", 5), ("evaluate", 10), ("save", 10)),
+        *(("save", 10), ("finish", 10), ("stop", 10)),  # the second waits for what is written behind
+    ]
+    assert [event["checkpoint"] for event in events if event["event"] == "saved"] == [5, 10]
+    accounted = account(events)
+    assert (accounted.step, accounted.redone, accounted.skipped, accounted.faults) == (10, 0, 0, [])
+    assert accounted.total == pytest.approx(events[-1]["time"] - events[0]["time"], abs=0.1) and 0 < accounted.share < 1
 
 
 KILLED = """
@@ -230,6 +242,30 @@ def test_several_bad_batches_in_a_row_take_the_run_back_and_past_them(tmp_path, 
     assert goes_back["to"] == 5 and [reason.split(",")[0] for reason in goes_back["skipped"]] == ["step 7", "step 8", "step 9"]
     result = poisoned_train(tmp_path / "broken", experiment, monkeypatch, not_a_number, bad)
     assert_same_bits(result.state, expected.state)
+
+
+def test_a_signal_amid_steps_left_out_changes_nothing(tmp_path, experiment, monkeypatch):
+    """Two of the three in a row are done: they are done again, and the run goes back to where it would have gone."""
+    experiment.steps, experiment.evaluations = 12, {}
+    expected = poisoned_train(tmp_path / "straight", experiment, monkeypatch, not_a_number, {7, 8, 9})
+
+    def poison_and_stop(batch):
+        signal.raise_signal(signal.SIGTERM)
+        return not_a_number(batch)
+
+    result = poisoned_train(tmp_path / "run", experiment, monkeypatch, poison_and_stop, {8})
+    assert (result.status, result.step) == ("stopped", 8)
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir() if path.name.isdigit()] == ["5"]
+    result = poisoned_train(tmp_path / "run", experiment, monkeypatch, not_a_number, {7, 8, 9})
+    assert_same_bits(result.state, expected.state)
+
+
+def test_the_last_steps_of_a_run_are_taken_back_too(tmp_path, experiment, monkeypatch):
+    experiment.evaluations = {}
+    result = poisoned_train(tmp_path, experiment, monkeypatch, not_a_number, {8, 9, 10})
+    assert result.status == "finished" and int(result.state.step) == 10 and int(result.state.usual.skipped) == 0
+    (rollback,) = json.loads((tmp_path / "rollbacks.json").read_text())
+    assert rollback["to"] == 5
 
 
 def test_an_unknown_evaluation_is_told_before_anything_is_made(tmp_path, experiment):
