@@ -20,6 +20,7 @@ import re
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ class RunCheckpoints:
         """Opens the folder and clears what an interrupted save or deletion left. Raises UserError when it cannot be written."""
         self.folder, self._config = Path(folder).absolute(), config
         self._last = self.folder.with_name(f"{self.folder.name}.newest")
-        processes.from_first("the folder of checkpoints", self._clear)
+        processes.from_first("the folder of checkpoints", self._clear, limit_seconds=_LIMIT_SECONDS)
         self._writing: _Writing | None = None
         self._saved: list[Saved] = []  # not asked for yet
         self._whole: int | None = None  # the step that was verified, until it is restored
@@ -153,7 +154,9 @@ class RunCheckpoints:
             self._checkpointer.save(self._saving(step), args=ocp.args.Composite(**items), force=True)
         except (OSError, ValueError) as error:
             raise self._save_error(step, error) from error
-        self._writing = _Writing(step, begin, lambda: self._finish(step, values or {}))
+        self._writing = _Writing(
+            step, begin, finish=lambda: self._finish(step, values or {}), tidy=lambda: self._delete_superfluous(step)
+        )
         self._writing.blocked_seconds = time.perf_counter() - begin
         return True
 
@@ -223,7 +226,6 @@ class RunCheckpoints:
                 folder.rename(self.folder / str(step))
                 sync_folder(self.folder)
                 write_durably(self._last, f"{step}\n".encode())
-                self._delete_superfluous(step)
             except OSError as error:
                 raise UserError(error.strerror or str(error)) from error
             return whole.bytes
@@ -353,9 +355,10 @@ class RunCheckpoints:
 class _Writing(threading.Thread):
     """One save, from its files to the checkpoint that counts."""
 
-    def __init__(self, step: int, begin: float, finish):
+    def __init__(self, step: int, begin: float, *, finish: Callable[[], int], tidy: Callable[[], None]):
+        """`finish` makes the checkpoint count and returns its bytes; then the first process calls `tidy`."""
         super().__init__(name="checkpoint", daemon=True)  # of one name for all saves: see processes
-        self.step, self.begin, self._finish = step, begin, finish
+        self.step, self.begin, self._finish, self._tidy = step, begin, finish, tidy
         self.blocked_seconds = self.seconds = 0.0
         self.bytes = 0
         self.error: Exception | None = None
@@ -364,9 +367,11 @@ class _Writing(threading.Thread):
     def run(self) -> None:
         try:
             self.bytes = self._finish()
+            self.seconds = time.perf_counter() - self.begin
+            if processes.is_first():
+                self._tidy()
         except Exception as error:
             self.error = error
-        self.seconds = time.perf_counter() - self.begin
 
 
 def _flat(tree: PyTree) -> dict[str, Any]:
