@@ -3,7 +3,7 @@
 import pytest
 
 from llama4_jax.checkpoints import manifest
-from tests.faults import damage, data, disks, kills
+from tests.faults import anomalies, damage, data, disks, kills, peers
 from tests.faults.harness import Bench
 
 
@@ -70,3 +70,24 @@ def test_bad_records_and_changed_settings(bench):
 @pytest.mark.slow
 def test_other_processes_and_meshes_go_on_with_the_same_batches(bench):
     assert_right(data.places(bench, data.PLACES[:4]), 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, victim", [("stuck", 1), ("raising", 0)])
+def test_a_process_that_sticks_or_raises_ends_the_job_in_time(bench, kind, victim):
+    assert_right([peers.broken(bench, kind, victim)], 1)
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_of_two_loses_no_step(bench):
+    assert_right(peers.signalled(bench, ["in a step", "in a save, written behind"], processes=2, victim=1), 2)
+
+
+@pytest.mark.slow
+def test_bad_batches_of_one_process_take_both_back_alike(bench):
+    assert_right([anomalies.poisoned(bench, "nan", processes=2, batches=anomalies.IN_A_ROW)], 1)
+
+
+@pytest.mark.slow
+def test_a_copy_that_differs_is_not_saved(bench):
+    assert_right([anomalies.flipped_copy(bench)], 1)
