@@ -223,19 +223,21 @@ class RunCheckpoints:
                 folder.rename(self.folder / str(step))
                 sync_folder(self.folder)
                 write_durably(self._last, f"{step}\n".encode())
-                self._delete_superfluous()
+                self._delete_superfluous(step)
             except OSError as error:
                 raise UserError(error.strerror or str(error)) from error
             return whole.bytes
 
         return processes.from_first(f"the checkpoint of step {step}", publish, limit_seconds=_LIMIT_SECONDS)
 
-    def _delete_superfluous(self) -> None:
+    def _delete_superfluous(self, saved: int) -> None:
+        """Never the one that has just been saved, nor what only looks like a checkpoint: that is not this run's to delete."""
         known = {}
         for step in self._steps():
-            with contextlib.suppress(Damaged):  # it is found out when it is asked for; here it counts by its step
-                known[step] = {}
-                known[step] = manifest.read_manifest(self.folder / str(step)).values
+            with contextlib.suppress(Damaged):
+                found = manifest.read_manifest(self.folder / str(step))
+                if found.step == step <= saved:
+                    known[step] = found.values
         for step in superfluous(self._config, known):
             gone = (self.folder / str(step)).rename(self.folder / f"{step}{_DELETED}")
             shutil.rmtree(gone)

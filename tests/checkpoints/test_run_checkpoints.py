@@ -229,6 +229,18 @@ def test_old_ones_go_only_when_the_new_one_counts(tmp_path, monkeypatch):
     assert names(tmp_path) == ["1"]
 
 
+def test_what_only_looks_newer_pushes_no_checkpoint_out(tmp_path):
+    folder_with(tmp_path, [1], keep=1)
+    checkpoints = opened(tmp_path, keep=1)
+    (tmp_path / "900").mkdir()
+    shutil.copytree(tmp_path / "1", tmp_path / "901")
+    for step in (2, 3):
+        checkpoints.save(step, state_of(step), {}, {})
+        checkpoints.wait()
+    assert names(tmp_path) == ["3", "900", "901"]
+    assert checkpoints.restore_newest(TARGET).step == 3
+
+
 def test_a_value_that_no_evaluation_gives_is_refused(tmp_path):
     checkpoints = opened(tmp_path, keep_best="heldout.lost")
     checkpoints.save(1, state_of(1), {}, {}, {"other.loss": 1.0})

@@ -315,20 +315,26 @@ def test_a_resumed_iterator_goes_on_with_the_exact_next_batch(corpus, config, st
     assert resumed.step == steps + 10
 
 
-def test_processes_share_each_global_batch_and_may_change_in_number(corpus, config):
+@pytest.mark.parametrize("weights", [(), (1.0,)])  # all rows packed at once, and by windows
+@pytest.mark.parametrize("counts", [(2, 4), (4, 2), (2, 1), (1, 4, 2)])
+def test_processes_share_each_global_batch_and_may_change_in_number(corpus, config, counts, weights):
+    """At each change any one process's state, as JSON, serves all."""
+    config = dataclasses.replace(config, weights=weights)
+
     def parts(count):
         return [train_batches(corpus, config, places=part) for part in np.split(np.arange(config.batch_size), count)]
 
     def global_rows(iterators, steps):
         return [rows_of(next(iterator) for iterator in iterators) for _ in range(steps)]
 
-    expected = global_rows(parts(1), 12)
-    two = parts(2)
-    assert global_rows(two, 5) == expected[:5]
-    four = parts(4)
-    for iterator in four:
-        iterator.set_state(two[1].get_state())
-    assert global_rows(four, 7) == expected[5:]
+    expected, state = global_rows(parts(1), 5 * len(counts)), None
+    for turn, count in enumerate(counts):
+        iterators = parts(count)
+        for iterator in iterators:
+            if state is not None:
+                iterator.set_state(state)
+        assert global_rows(iterators, 5) == expected[5 * turn : 5 * turn + 5]
+        state = json.loads(json.dumps(iterators[turn % count].get_state()))
 
 
 @pytest.mark.parametrize(
