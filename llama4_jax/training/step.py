@@ -68,11 +68,13 @@ def make_train_step(
         verdict = judge(usual, loss, grad_norm, anomalies)
         sound = verdict == SOUND
 
-        updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
-        # One select of each leaf, in the same loop as its update; a branch would keep both states in memory.
-        if_sound = lambda new, old: jax.tree.map(lambda n, o: jnp.where(sound, n, o), new, old)  # noqa: E731
-        params = merge(if_sound(optax.apply_updates(trained, updates), trained), fixed)
-        opt_state = if_sound(opt_state, state.opt_state)
+        def update() -> tuple[PyTree, PyTree]:
+            updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
+            return optax.apply_updates(trained, updates), opt_state
+
+        # A branch needs no memory; a select of each leaf would keep moments before and after it apart.
+        moved, opt_state = jax.lax.cond(sound, update, lambda: (trained, state.opt_state))
+        params = merge(moved, fixed)
         model_state = state.model_state
         if balance is not None:  # without a load to act on the bias stays, but for its way to zero at the end of a run
             model_state = balance(model_state, jnp.where(sound, metrics["expert_load"], 0.0), state.step)
