@@ -70,7 +70,7 @@ def test_finished_runs_are_skipped(swept, monkeypatch):
     """The same results come back when nothing can be trained any more."""
     folder, _ = swept
     loaded = sweep.load_sweep(str(folder / "config.py"), {"log_every": "2"})
-    monkeypatch.setattr("llama4_jax.training.loop._Sitting", None)
+    monkeypatch.setattr("llama4_jax.training.loop.Sitting", None)
     results = sweep.run_sweep(loaded, folder / "runs")
     assert sweep.table(results) + "\n" == (folder / "runs/table.md").read_text()
 
