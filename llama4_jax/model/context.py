@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float, Int
 from llama4_jax.config import AttentionTemperature, ModelConfig
 from llama4_jax.model.cache import EMPTY, Cache, Slots, last_window
 from llama4_jax.model.rotary import Rotation, inverse_frequencies, rotation
-from llama4_jax.parallel.cache_parallel import reads_whole_rows
+from llama4_jax.parallel.cache_parallel import holds_windows, reads_whole_rows
 from llama4_jax.parallel.context_parallel import Zigzag, spans_of
 from pallas_kernels.attention import Mask
 from pallas_kernels.attention.intervals import Intervals
@@ -25,7 +25,7 @@ class KindContext:
         places: the cache slot of each token; None without a cache.
         joined: the mask over the cached slots as they were, followed by the tokens at hand.
         written: the mask over the cached slots once these tokens are in them.
-        last_chunk: where the last chunk of each row begins, of rows that begin here and lie on several devices.
+        last_chunk: where the last chunk of each row begins, of rows that begin here and lie on several devices, chunks whole.
     """
 
     fresh: Mask
@@ -131,7 +131,8 @@ def make_context(
         if whole_rows:
             lengths = valid.sum(axis=1, dtype=jnp.int32)
             first = last_window(lengths, slots.positions.shape[1])
-            found = found.replace(last_chunk=first if zigzag is None else zigzag.places(first))
+            if chunk is None or holds_windows(shape[1], slots.positions.shape[1], 1 if zigzag is None else 2):
+                found = found.replace(last_chunk=first if zigzag is None else zigzag.places(first))
             slots = slots.filled(lengths, zigzag if chunk is None else None)
         else:
             slots = slots.write(positions, places)

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 from llama4_jax.config import ModelConfig
 from llama4_jax.parallel.mesh import current_mesh
 from llama4_jax.parallel.rules import BATCH_AXES, splits_batch
-from pallas_kernels.attention import Mask, Part
+from pallas_kernels.attention import Mask, merge_over
 from pallas_kernels.decode_attention import decode_attention
 
 PyTree = Any
@@ -56,6 +56,11 @@ def reads_whole_rows(rows: int, positions: int) -> bool:
     return mesh is not None and mesh.shape["context"] > 1 and positions > 1 and splits_batch(mesh, rows, positions)
 
 
+def holds_windows(positions: int, size: int, pieces_per_shard: int) -> bool:
+    """Whether no window of `size` places of rows that lie over `context` has parts on two shards, or in two of their pieces."""
+    return positions % (current_mesh().shape["context"] * pieces_per_shard * size) == 0
+
+
 def store(
     slots: Float[Array, "Lb B S K H"],
     new: Float[Array, "B T K H"],
@@ -69,14 +74,15 @@ def store(
     Args:
         places: the slot of each token; S for one that is not kept.
         mask: of those who will read the slots.
-        last_chunk: of each row that lies over `context` and begins here, the place where its last chunk begins.
+        last_chunk: of each row that lies over `context` and begins here, the place where its last chunk begins; only where
+            `holds_windows`.
     """
     mesh, T, S = current_mesh(), places.shape[1], slots.shape[2]
     spec = P() if mesh is None else slots_spec(mesh, slots.shape, mask.chunk)
     split = mesh is not None and mesh.shape["context"] > 1 and spec[2] is not None
     if last_chunk is not None and mask.chunk is None and split and T == S:
         put, given, extra = _all_of_mine, "context", ()
-    elif last_chunk is not None and mask.chunk is not None and T // mesh.shape["context"] % S == 0:
+    elif last_chunk is not None and mask.chunk is not None:
         put, given, extra = _last_chunk, "context", (last_chunk,)
     elif split and T == 1:
         put, given, extra = _if_mine, None, (places,)
@@ -134,14 +140,8 @@ def decode(
 
     def on_shard(query, keys, values, mask, layer):
         part = attend(query, keys, values, mask, layer=layer)
-        return part.out if context is None else merged(part, context).astype(query.dtype)
+        return part.out if context is None else merge_over(part, context).out.astype(query.dtype)
 
     specs = P(rows, None, heads), slots, slots, places, P()
     mapped = jax.shard_map(on_shard, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False)
     return mapped(query, keys, values, mask, layer)
-
-
-def merged(part: Part, axis: str) -> Float[Array, "B T N H"]:
-    """Inside shard_map: the attention over the keys of all shards, float32."""
-    weight = jnp.exp(part.lse - jax.lax.pmax(part.lse, axis))[..., None]
-    return jax.lax.psum(part.out * weight, axis) / jax.lax.psum(weight, axis)

@@ -43,3 +43,11 @@ def merge(a: Part, b: Part) -> Part:
     lse = jnp.logaddexp(a.lse, b.lse)
     weigh = lambda part: part.out * jnp.exp(part.lse - lse)[..., None]  # noqa: E731
     return Part(weigh(a) + weigh(b), lse)
+
+
+def merge_over(part: Part, axis: str) -> Part:
+    """Inside `jax.shard_map`: the attention over the keys of all shards of a mesh axis, float32."""
+    most = jax.lax.pmax(part.lse, axis)
+    weight = jnp.exp(part.lse - most)
+    total = jax.lax.psum(weight, axis)
+    return Part(jax.lax.psum(part.out * weight[..., None], axis) / total[..., None], most + jnp.log(total))

@@ -318,6 +318,7 @@ def main(folder: str, *cases: str) -> None:
     if folder != "-":
         count_collectives(params, batch)
         report("read", **read_and_decode({"context": 8}))
+        report("read_cut_chunks", **read_and_decode({"context": 8}, "zigzag"))
         report("read_zigzag", **read_and_decode({"data": 2, "context": 2, "tensor": 2}, "zigzag"))
         train_two_steps(model, mesh_of({"fsdp": 2, "expert": 2, "tensor": 2}))
         move_between_meshes(model, folder)

@@ -103,6 +103,11 @@ def test_prompts_and_their_cache_lie_over_context(records, case, shares):
     assert records[case]["held"] == shares
 
 
+def test_a_zigzag_that_cuts_chunks_reads_and_decodes_as_well(records):
+    """Pieces of four places, chunks of eight: the last chunk lies on two shards."""
+    assert records["read_cut_chunks"]["error"] < 1e-5
+
+
 def test_decoding_over_context_sends_no_keys(records):
     assert records["read"]["collectives"] == ["all-reduce"]
 
