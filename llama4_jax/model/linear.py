@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 import pallas_kernels.expert_ffn as expert_ffn_kernel
-from llama4_jax.model.low_precision import low_precision_project
+from llama4_jax.model.float32_product import float32_product
+from llama4_jax.model.low_precision import FORMATS, low_precision_project
 from llama4_jax.parallel.dense_parallel import gathering_mesh, product_with_gathered
 from llama4_jax.parallel.expert_parallel import routed_experts
 
@@ -25,18 +26,18 @@ def project(
 ) -> Float[Array, "..."]:
     """x contracted over its last `in_axes` axes with the first `in_axes` axes of the weight, in the dtype of x.
 
-    `axes` are the weight's logical names, by which it lies on a mesh (parallel/dense_parallel.py). `matmul` is ExecutionConfig's;
-    see low_precision.py for others than plain.
+    `axes` are the weight's logical names, by which it lies on a mesh (parallel/dense_parallel.py). `matmul` is ExecutionConfig's
+    (see low_precision.py for others than plain), or float32: so are products and sums, and the result (float32_product.py).
     """
-    if matmul != "plain":
+    if matmul in FORMATS:
         return low_precision_project(x, weight, in_axes, matmul)
     mesh = gathering_mesh(*x.shape[:2]) if x.ndim == 2 + in_axes else None
-    weight = weight.astype(x.dtype)
     precision = jax.config.jax_default_matmul_precision  # of now: the gradient is traced elsewhere
 
     def product(x, weight):
-        return _product(x, weight, in_axes, precision)
+        return float32_product(x, weight) if matmul == "float32" else _product(x, weight, in_axes, precision)
 
+    weight = weight if matmul == "float32" else weight.astype(x.dtype)
     return product(x, weight) if mesh is None else product_with_gathered(product, mesh, x, weight, axes, in_axes)
 
 

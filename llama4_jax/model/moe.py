@@ -120,14 +120,13 @@ class Router(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], context: Context) -> Routing:
         c, rows = self.config, len(x)
-        x = x.astype(jnp.float32)
         if jitter := context.router_jitter:
+            x = x.astype(jnp.float32)
             noise = jax.random.uniform(self.make_rng("jitter"), x.shape, minval=1 - jitter, maxval=1 + jitter)
             x *= noise if context.zigzag is None else context.zigzag.arrange(noise)
         axes = "embed", "router_experts"
         kernel = self.param("kernel", normal(initial_stddev(c, "readout"), axes), (c.hidden_size, c.num_experts), jnp.float32)
-        with jax.default_matmul_precision("float32"):
-            logits = project(x, kernel, axes)
+        logits = project(x, kernel, axes, matmul="float32")
         logits = logits.reshape(-1, c.num_experts)  # [M, E]; not sooner: tokens over `context` do not flatten in place
         bias = self.variable("router_bias", "bias", jnp.zeros, (c.num_experts,)).value if c.router_bias else None
         valid = None if context.valid is None else context.valid.reshape(-1)

@@ -86,7 +86,7 @@ class Zigzag:
     def places(self, positions: Int[Array, "*B"]) -> Int[Array, "*B"]:
         """Where the layout has these places of the row."""
         size = self.length // (2 * self.shards)
-        return jnp.asarray(np.argsort(self.pieces), positions.dtype)[positions // size] * size + positions % size
+        return jnp.asarray(np.argsort(self.pieces), jnp.int32)[positions // size] * size + positions % size
 
     def _take(self, x, pieces):
         cut = x.reshape(x.shape[0], 2 * self.shards, -1, *x.shape[2:])

@@ -3,6 +3,7 @@ import logging
 import resource
 import shutil
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -309,12 +310,18 @@ def slow_disk(monkeypatch):
 def test_a_save_counts_when_it_is_durable_and_says_what_it_cost(tmp_path, monkeypatch):
     released = slow_disk(monkeypatch)
     checkpoints = opened(tmp_path)
+    begin = time.monotonic()
     assert checkpoints.save(1, state_of(1), {}, {})
+    called = time.monotonic() - begin
     assert checkpoints.check() == [] and "1" not in names(tmp_path)
+    time.sleep(0.2)
     released.set()
+    begin_wait = time.monotonic()
     (saved,) = checkpoints.wait()
+    stood_still = called + time.monotonic() - begin_wait
     assert saved.step == 1 and saved.bytes == manifest.read_manifest(tmp_path / "1").bytes > 1000
-    assert saved.blocked_seconds > 0 and saved.save_seconds > 0
+    assert stood_still / 2 < saved.blocked_seconds <= stood_still  # not while training went on
+    assert 0.2 <= saved.save_seconds <= time.monotonic() - begin
     assert checkpoints.check() == [] == checkpoints.wait()
 
 
