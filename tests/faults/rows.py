@@ -29,12 +29,21 @@ class Row:
         return self.survived != "NO" and not self.wrong
 
 
+FOLDED = 20  # right rows of one fault, seed and end: more of them than this are one line
+
+
 def table(rows: Iterable[Row]) -> str:
-    """The rows as Markdown."""
+    """The rows as Markdown; of hundreds that are alike and right, how many."""
     lines = ["| fault | seed | moment | survived | steps lost | wrong results |", "|---|---|---|---|---|---|"]
+    alike: dict[tuple, list[Row]] = {}
     for row in rows:
-        lost = "-" if row.steps_lost is None else row.steps_lost
-        lines.append(f"| {row.fault} | {row.seed} | {row.moment} | {row.survived} | {lost} | {len(row.wrong)} |")
+        alike.setdefault((row.fault, row.seed, row.survived, row.right or row.moment), []).append(row)
+    for these in alike.values():
+        if len(these) > FOLDED:
+            these = [dataclasses.replace(these[0], moment=f"{len(these)} places")]
+        for row in these:
+            lost = "-" if row.steps_lost is None else row.steps_lost
+            lines.append(f"| {row.fault} | {row.seed} | {row.moment} | {row.survived} | {lost} | {len(row.wrong)} |")
     return "\n".join(lines)
 
 
