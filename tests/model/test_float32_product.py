@@ -50,6 +50,7 @@ def test_it_is_the_product_in_float32_and_so_are_its_gradients(dtype, compiled):
 
 def test_a_matrix_unit_meets_bfloat16_alone():
     x, weight, dy, *_ = case(jnp.bfloat16)
+
     def both(x, weight, dy):
         y, pull_back = jax.vjp(float32_product, x, weight)
         return y, pull_back(dy)
