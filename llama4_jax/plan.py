@@ -42,9 +42,36 @@ _PICTURE = flags.DEFINE_string("picture", None, "file for the report as a pictur
 _TIMEOUT = flags.DEFINE_float("timeout", 3600, "seconds after which the compiler is stopped")
 
 
+# What each report has a use for, beside --report.
+_USED = {
+    "plan": {"config", "topology", "slices", "program", "hbm_gb", "estimate", "search", "tokens", "json", "picture", "timeout"},
+    "scaling": {"config", "topology", "json", "picture"},
+    "calibration": set(),
+    "deployment": set(),
+}
+_PICTURES = (".png", ".svg", ".pdf")
+
+
 def main(overrides: dict[str, str]) -> int:
+    _check(overrides)
     jax.config.update("jax_platforms", "cpu")  # a plan needs no device, and takes none
     return {"plan": plan, "scaling": scaling, "calibration": calibration, "deployment": deployment}[_REPORT.value](overrides)
+
+
+def _check(overrides: dict[str, str]) -> None:
+    """Before minutes of work. Raises UserError for a flag that the report would ignore, and a file that could not be written."""
+    used = _USED[_REPORT.value]
+    given = [name for name in sorted(_USED["plan"]) if flags.FLAGS[name].present]
+    unused = [f"--{name}" for name in given if name not in used] + [
+        f"--config.{name}" for name in overrides if "config" not in used
+    ]
+    if unused:
+        raise UserError(f"--report={_REPORT.value} has no use for {', '.join(unused)}")
+    for name, path in (("json", _JSON.value), ("picture", _PICTURE.value)):
+        if path and not Path(path).absolute().parent.is_dir():
+            raise UserError(f"--{name}={path}: there is no folder {Path(path).absolute().parent}")
+    if _PICTURE.value and not _PICTURE.value.endswith(_PICTURES):
+        raise UserError(f"--picture={_PICTURE.value}: the name must end in {', '.join(_PICTURES)}")
 
 
 def plan(overrides: dict[str, str]) -> int:
@@ -98,10 +125,13 @@ def _job(overrides: dict[str, str]):
 def _write(text: str, fields, figure) -> None:
     """On the terminal, and where flags say."""
     print(text)
-    if _JSON.value:
-        Path(_JSON.value).write_text(json.dumps(fields, indent=1) + "\n")
-    if _PICTURE.value:
-        figure().savefig(_PICTURE.value)
+    try:
+        if _JSON.value:
+            Path(_JSON.value).write_text(json.dumps(fields, indent=1) + "\n")
+        if _PICTURE.value:
+            figure().savefig(_PICTURE.value)
+    except OSError as error:
+        raise UserError(f"the report could not be written: {error}") from None
 
 
 if __name__ == "__main__":

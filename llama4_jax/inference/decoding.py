@@ -23,6 +23,7 @@ from llama4_jax.parallel.mesh import current_mesh
 
 NOTHING = -1  # in place of a token, after the last one of a row
 _SMALLEST = 16
+_MANY = 8192
 
 
 @struct.dataclass
@@ -47,6 +48,14 @@ class State:
 def bucket(size: int, smallest: int = _SMALLEST) -> int:
     """The power of two that holds `size`."""
     return max(smallest, 1 << (size - 1).bit_length())
+
+
+def slots_for(size: int) -> int:
+    """Slots of a cache for rows of `size` tokens: a power of two, or where that would be much an eighth of one at a time. So a
+    program serves many lengths, and of a long cache at most an eighth stays empty."""
+    whole = bucket(size)
+    step = whole // 16 if whole > _MANY else whole
+    return -(-size // step) * step
 
 
 def padded(

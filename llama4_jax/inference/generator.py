@@ -135,10 +135,10 @@ class Generator:
         if whole_rows := self._length_over_context(longest + max_new_tokens):
             piece = length = capacity = whole_rows
         else:
-            piece, capacity = decoding.bucket(longest), decoding.bucket(longest + max_new_tokens)
+            piece, capacity = decoding.bucket(longest), decoding.slots_for(longest + max_new_tokens)
             if images is None:  # patches are counted from the row's start, so a row with pictures is read whole
                 piece = min(piece, PREFILL_PIECE)
-            length = -(-longest // piece) * piece
+            length, capacity = -(-longest // piece) * piece, max(piece, capacity)
         tokens, valid = decoding.padded([prompt.tokens for prompt in prompts], length, on_the_left=not whole_rows)
         cache = decoding.empty_cache(self.model, len(prompts), capacity)
         for start in range(0, length, piece):

@@ -1,5 +1,6 @@
 """The device mesh: six named axes, of which any may have size 1."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -47,6 +48,11 @@ def axis_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
         hint = f"the sizes must divide {num_devices}" if free else f"make one axis -1, such as data, or have {fixed} devices"
         raise UserError(f"mesh {_written(config)} does not fit {num_devices} device(s): {hint}")
     return sizes
+
+
+def resolved(config: MeshConfig, num_devices: int) -> MeshConfig:
+    """The same over so many devices, with a number in place of -1. Raises UserError as `axis_sizes` does."""
+    return dataclasses.replace(config, **axis_sizes(config, num_devices))
 
 
 def _written(config: MeshConfig) -> str:

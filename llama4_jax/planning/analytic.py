@@ -23,7 +23,7 @@ from llama4_jax.config import Experiment, ModelConfig
 from llama4_jax.model.llama4 import Llama4, abstract_params, logical_axes
 from llama4_jax.parallel.expert_parallel import SPARE, choose_exchange, exchange_bytes
 from llama4_jax.parallel.fit import check_fit
-from llama4_jax.parallel.mesh import AXES, axis_sizes
+from llama4_jax.parallel.mesh import AXES, axis_sizes, resolved
 from llama4_jax.parallel.rules import BATCH_AXES, partition
 from llama4_jax.planning.caches import cache_bytes
 from llama4_jax.planning.chips import Topology
@@ -38,6 +38,7 @@ from llama4_jax.planning.work import Collective
 def estimate(experiment: Experiment, topology: Topology, program: str = "train") -> Measurement:
     """Raises UserError when the mesh does not fit the topology or does not divide the model."""
     sizes = axis_sizes(experiment.mesh, topology.devices)
+    experiment = dataclasses.replace(experiment, mesh=resolved(experiment.mesh, topology.devices))
     mesh = AbstractMesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
     if program == "train":
         check_fit(mesh, experiment.model, experiment.execution, experiment.data)

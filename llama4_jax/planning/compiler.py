@@ -40,10 +40,10 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Bounds:
-    """Of the compiler's process: seconds, and bytes of this machine's memory."""
+    """Of the compiler's process: seconds, and bytes of memory, by default four fifths of this machine's."""
 
     seconds: float = 3600.0
-    bytes: float = 64e9
+    bytes: float = 0.8 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -118,7 +118,7 @@ def is_misaligned(shard: int, whole: int) -> bool:
 def largest_buffers(module: hlo.Module, number: int = 8) -> list[Buffer]:
     """The largest arrays that instructions make in HBM outside of fusions."""
     sizes: dict[tuple[str, str], float] = {}
-    skipped = {"parameter", "tuple", "get-tuple-element", "bitcast", "while", "constant", "conditional", "optimization-barrier"}
+    skipped = {"parameter", "tuple", "get-tuple-element", "bitcast", "while", "constant", "conditional", "opt-barrier"}
     for run in hlo.executions(module, lambda loop: 1.0, len):
         if run.instruction.opcode in skipped:
             continue

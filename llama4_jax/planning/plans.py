@@ -10,7 +10,7 @@ from tqdm import tqdm
 from llama4_jax import app
 from llama4_jax.config import Experiment
 from llama4_jax.errors import UserError
-from llama4_jax.parallel.mesh import axis_sizes
+from llama4_jax.parallel.mesh import axis_sizes, resolved
 from llama4_jax.planning.analytic import estimate
 from llama4_jax.planning.chips import Topology, parse_topology
 from llama4_jax.planning.compiler import Bounds, Job, Tick, compile_program
@@ -25,13 +25,10 @@ def make(job: Job, *, estimated: bool = False, total_tokens: float = TOKENS, bou
     Raises:
         UserError: the experiment does not fit the topology, or the compiler failed.
     """
-    topology, experiment = (
-        parse_topology(job.topology, job.slices, job.hbm_bytes),
-        app.load_experiment(job.config, job.settings),
-    )
+    topology, experiment = _of(job)
+    experiment = dataclasses.replace(experiment, mesh=resolved(experiment.mesh, topology.devices))
     if estimated or not topology.chip.is_tpu:
         return _estimated(job, experiment, topology, total_tokens)
-    axis_sizes(experiment.mesh, topology.devices)  # a mesh that does not fit is said before seconds of start-up
     with _progress(f"compiling for {topology}") as tick:
         outcome = compile_program(job, bounds or Bounds(), tick)
     if outcome.needed_bytes is not None:
@@ -60,15 +57,12 @@ def search(job: Job, compiled: int, *, say: Callable[[str], None], **options) ->
     Raises:
         UserError: no mesh divides the model and the batch, or none that was tried compiles.
     """
-    topology, experiment = (
-        parse_topology(job.topology, job.slices, job.hbm_bytes),
-        app.load_experiment(job.config, job.settings),
-    )
+    topology, experiment = _of(job)
     with _progress(f"estimating meshes over {topology}"):
         ranking = rank(experiment, topology, job.program)
     say(ranking_text(ranking))
     best = (ranking.candidates or ranking.too_large)[: max(1, compiled)]
-    if compiled == 0 or not topology.chip.is_tpu:
+    if compiled == 0 or options.get("estimated") or not topology.chip.is_tpu:
         return make(dataclasses.replace(job, settings=job.settings | best[0].settings), **options | {"estimated": True})
     plans, failures = [], []
     for candidate in best:
@@ -80,6 +74,10 @@ def search(job: Job, compiled: int, *, say: Callable[[str], None], **options) ->
     if not plans:
         raise UserError(f"none of {len(best)} candidates compiled; the last: {failures[-1]}")
     return min(plans, key=lambda plan: (not plan.fits, plan.step_seconds))
+
+
+def _of(job: Job) -> tuple[Topology, Experiment]:
+    return parse_topology(job.topology, job.slices, job.hbm_bytes), app.load_experiment(job.config, job.settings)
 
 
 def _estimated(job: Job, experiment: Experiment, topology: Topology, total_tokens: float, needed: float | None = None) -> Plan:

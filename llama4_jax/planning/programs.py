@@ -19,7 +19,7 @@ from llama4_jax.inference.sampling import Sampling
 from llama4_jax.model.llama4 import Llama4, abstract_params, logical_axes
 from llama4_jax.parallel.cache_parallel import rows_axes
 from llama4_jax.parallel.fit import check_fit
-from llama4_jax.parallel.mesh import make_mesh
+from llama4_jax.parallel.mesh import make_mesh, resolved
 from llama4_jax.parallel.rules import BATCH_AXES, batch_sharding, named_shardings, use_mesh
 from llama4_jax.planning.caches import abstract_cache
 from llama4_jax.planning.model_flops import tokens_of
@@ -59,6 +59,7 @@ def prefill(experiment: Experiment, devices: Sequence[jax.Device]) -> Case:
     """The last piece of `data.batch_size` prompts of `data.sequence_length` tokens, as the generator reads it: of prompts over
     `context` all of them."""
     mesh, model, variables = _for_inference(experiment, devices)
+    experiment = dataclasses.replace(experiment, mesh=resolved(experiment.mesh, len(devices)))
     rows, length = experiment.data.batch_size, experiment.data.sequence_length
     whole = mesh.shape["context"] > 1
     shape = rows, tokens_of(experiment, "prefill") // rows

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from llama4_jax.config import AttentionTemperature, ModelConfig
 from llama4_jax.errors import UserError
@@ -91,6 +93,15 @@ def test_one_compilation_serves_every_length_of_a_bucket(tiny):
         tiny.complete([Prompt([4] * length)], limits=Limits(16 - length or 1))
     after = decoding.prefill._cache_size(), decoding.decode._cache_size()
     assert after[0] - before[0] <= 1 and after[1] - before[1] <= 1  # the bucket of 16 + 1 is another
+
+
+@given(st.integers(1, 11_000_000))
+def test_a_long_cache_has_an_eighth_to_spare_at_most(size):
+    slots = decoding.slots_for(size)
+    assert size <= slots <= max(decoding.bucket(size) if size <= 8192 else 1.125 * size, 16)
+    assert slots % min(decoding.bucket(size), 512) == 0  # whole blocks of the kernel
+    assert decoding.slots_for(slots) == slots
+    assert decoding.slots_for(10_485_760) == 10_485_760  # all of Scout's positions, and no more
 
 
 def test_a_stop_token_ends_a_row_and_not_its_neighbours(tiny, tokenizer, greedy):

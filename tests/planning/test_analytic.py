@@ -99,6 +99,17 @@ def test_a_cache_lies_over_context_in_nope_layers():
     )  # the whole prompt, not its last piece
 
 
+def test_an_axis_that_takes_the_rest_may_come_to_one():
+    """context=-1 over as many chips as tensor has: prompts are read in pieces, as with context=1."""
+    row = dataclasses.replace(experiment(data=1, tensor=4), data=l4.DataConfig(("text",), sequence_length=2**20, batch_size=1))
+    four = parse_topology("v5p:2x2x1")
+    found = [
+        estimate(dataclasses.replace(row, mesh=dataclasses.replace(row.mesh, context=context)), four, "prefill")
+        for context in (1, -1)
+    ]
+    assert found[0].flops == found[1].flops and found[0].memory == found[1].memory
+
+
 def test_a_mesh_that_does_not_fit_is_one_line():
     with pytest.raises(UserError, match=r"fsdp=3.*16"):
         estimate(experiment(fsdp=3, data=1), POD)

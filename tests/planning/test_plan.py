@@ -137,6 +137,29 @@ def test_a_missing_flag_is_one_line():
     assert done.stderr.splitlines()[-1].startswith("error: --config=FILE and --topology")
 
 
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--report=scaling", "--slices=2", "--hbm_gb=78"], "--report=scaling has no use for --hbm_gb, --slices"),
+        (
+            ["--report=deployment", "--config.model.num_layers=4"],
+            "--report=deployment has no use for --config.model.num_layers",
+        ),
+        (["--json=nowhere/plan.json"], "--json=nowhere/plan.json: there is no folder"),
+        (["--picture=plan.txt"], "--picture=plan.txt: the name must end in .png"),
+    ],
+)
+def test_flags_that_a_report_would_ignore_and_files_that_could_not_be_written_are_refused_first(flags, message):
+    done = plan(*flags)
+    assert done.returncode == 2 and message in done.stderr.splitlines()[-1]
+
+
+def test_a_search_without_a_compiler_says_that_it_estimates(config):
+    said = []
+    found = plans.search(Job(config, "v5p:2x2x1"), 3, say=said.append, estimated=True)
+    assert "ESTIMATED" in found.method and len(said) == 1 and "compiled:" not in said[0]
+
+
 @libtpu
 def test_the_compilers_process_is_bounded_in_time_and_memory(config):
     job = Job(config, "v5e:2x4")
