@@ -33,16 +33,29 @@ from llama4_jax.planning.model_flops import keys_seen, tokens_of
 from llama4_jax.planning.network import Network
 from llama4_jax.planning.roofline import Exchange, roofline
 from llama4_jax.planning.work import Collective
+from pallas_kernels.attention.tpu_backward import choose_tiling
+from pallas_kernels.attention.tpu_forward import Tiling as ForwardTiling
+from pallas_kernels.grouped_matmul.tiling import TILES as GROUPED_TILES
 
 
 def estimate(experiment: Experiment, topology: Topology, program: str = "train") -> Measurement:
     """Raises UserError when the mesh does not fit the topology or does not divide the model."""
+    return _estimate(experiment, topology, program).measurement()
+
+
+def tile_padding(experiment: Experiment, topology: Topology) -> float:
+    """FLOPs of a device in an update that its kernels do and nobody counts: see `_Estimate.tile_padding`. 0 for GPUs, whose
+    kernels are others. Raises what `estimate` does."""
+    return _estimate(experiment, topology, "train").tile_padding() if topology.chip.is_tpu else 0.0
+
+
+def _estimate(experiment: Experiment, topology: Topology, program: str) -> "_Estimate":
     sizes = axis_sizes(experiment.mesh, topology.devices)
     experiment = dataclasses.replace(experiment, mesh=resolved(experiment.mesh, topology.devices))
     mesh = AbstractMesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
     if program == "train":
         check_fit(mesh, experiment.model, experiment.execution, experiment.data)
-    return _Estimate(experiment, topology, program, sizes, mesh).measurement()
+    return _Estimate(experiment, topology, program, sizes, mesh)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,6 +243,22 @@ class _Estimate:
                 product(M, F, D)
             add(0.0, 6 * M * D)  # norms and residual sums
         return found
+
+    def tile_padding(self) -> float:
+        """What a step's kernels for TPU multiply beyond `products`, because they multiply whole tiles; one document a row.
+
+        A query of a causal window meets keys of half a tile that it may not read, on average, however wide the window.
+        Where one expert's rows end and another's begin, a tile is multiplied for both.
+        """
+        m, T = self.model, self.experiment.data.sequence_length
+        passes, t = self.passes(routed=False), self.sizes["tensor"]
+        backward = choose_tiling(T, T, m.num_heads // m.num_kv_heads, m.head_dim, self.item, self.item)
+        keys = (passes - 2) * ForwardTiling().edge / 2 + 2.5 * max(backward.queries, backward.keys) / 2
+        attention = 4 * self.tokens * m.num_heads * m.head_dim / t * keys
+        rows = GROUPED_TILES[0][0]
+        groups = m.num_experts / (1 if "expert" in self.experts_gather else self.sizes["expert"])
+        routed = 2 * rows * (groups - 1) * 3 * m.hidden_size * m.expert_ffn_size / t * self.passes(routed=True)
+        return self.parts * sum(attention + (routed if kind.is_moe else 0.0) for kind in m.layer_kinds)
 
     def exchanges(self) -> list[Exchange]:
         """The most seconds first."""

@@ -11,7 +11,7 @@ from llama4_jax import app
 from llama4_jax.config import Experiment
 from llama4_jax.errors import UserError
 from llama4_jax.parallel.mesh import axis_sizes, resolved
-from llama4_jax.planning.analytic import estimate
+from llama4_jax.planning.analytic import estimate, tile_padding
 from llama4_jax.planning.chips import Topology, parse_topology
 from llama4_jax.planning.compiler import Bounds, Job, Tick, compile_program
 from llama4_jax.planning.measure import Measurement
@@ -88,6 +88,8 @@ def _estimated(job: Job, experiment: Experiment, topology: Topology, total_token
 
 def _plan(job: Job, experiment: Experiment, topology: Topology, measurement: Measurement, **found) -> Plan:
     mesh = axis_sizes(experiment.mesh, topology.devices)
+    if job.program == "train":
+        found["padding_flops"] = tile_padding(experiment, topology)
     return make_plan(job.config, experiment, job.program, topology, mesh, measurement, **found)
 
 

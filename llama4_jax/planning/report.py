@@ -29,6 +29,7 @@ class Plan:
         mfu: model FLOPs over step time and peak.
         chip_hours: for `total_tokens`.
         compile_seconds, compiler_bytes: what compiling took of this machine.
+        padding_flops: that kernels do beside the counted ones, because they multiply whole tiles; an expectation, of training.
         needed_bytes: of HBM, as the compiler said when it refused the program for want of it; then all else is estimated.
     """
 
@@ -50,6 +51,7 @@ class Plan:
     chip_hours: float
     compile_seconds: float = 0.0
     compiler_bytes: float = 0.0
+    padding_flops: float = 0.0
     needed_bytes: float | None = None
 
     @property
@@ -77,6 +79,7 @@ def make_plan(
     total_tokens: float = TOKENS,
     compile_seconds: float = 0.0,
     compiler_bytes: float = 0.0,
+    padding_flops: float = 0.0,
     needed_bytes: float | None = None,
 ) -> Plan:
     tokens = tokens_of(experiment, program)
@@ -101,6 +104,7 @@ def make_plan(
         chip_hours=total_tokens / tokens * step * topology.chips / 3600,
         compile_seconds=compile_seconds,
         compiler_bytes=compiler_bytes,
+        padding_flops=padding_flops,
         needed_bytes=needed_bytes,
     )
 
@@ -156,6 +160,9 @@ def _arithmetic(plan: Plan) -> str:
         ("model FLOPs", tera(plan.model_flops), f"FLOPs / model FLOPs {m.flops / max(plan.model_flops, 1):.3f}"),
         ("HBM traffic", gb(m.hbm_bytes), f"{m.flops / max(m.hbm_bytes, 1):.0f} FLOPs a byte"),
     ]
+    if plan.padding_flops:
+        ratio = (m.flops + plan.padding_flops) / max(plan.model_flops, 1)
+        rows.insert(1, ("tile padding", tera(plan.padding_flops), f"not among them: with it {ratio:.3f} of the model's"))
     return table(("work", "amount", ""), rows)
 
 

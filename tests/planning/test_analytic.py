@@ -2,15 +2,18 @@
 
 import dataclasses
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import llama4_jax as l4
 from llama4_jax.errors import UserError
-from llama4_jax.planning.analytic import estimate
+from llama4_jax.planning.analytic import estimate, tile_padding
 from llama4_jax.planning.chips import parse_topology
 from llama4_jax.planning.model_flops import keys_seen, model_flops, tokens_of
 from llama4_jax.planning.search import compiled_text, products, rank, ranking_text
 from llama4_jax.training.flops import training_flops_per_token
+from pallas_kernels.grouped_matmul.visits import by_tile, spans
 
 
 def experiment(**mesh) -> l4.Experiment:
@@ -97,6 +100,21 @@ def test_a_cache_lies_over_context_in_nope_layers():
         estimate(row, POD, "prefill").flops
         > 2**20 / 1024 * estimate(dataclasses.replace(row, mesh=l4.MeshConfig(data=4, tensor=4)), POD, "prefill").flops / 4 / 2
     )  # the whole prompt, not its last piece
+
+
+def test_tile_padding_is_what_whole_tiles_have_beside_masks_and_groups():
+    """One document of 8,192 a row, tiles of 512: counted one by one. Sixteen ragged groups of rows: by the kernel's own plan."""
+    run = experiment(fsdp=16, data=1)
+    query, key = np.mgrid[:8192:512, :8192:512]
+    tiles = (key <= query).sum() * 512**2 - 8192 * 8193 / 2  # beyond what a causal mask leaves
+    attention = (2 * 4 + 10) * 8 * 40 * 128 * tiles  # forward twice, backward; 8 rows of 40 heads
+    sizes = jnp.full(16, 4096).at[0].add(7).at[15].add(-7)  # every group but the first begins within a tile
+    plan = by_tile(*spans(16, sizes, jnp.int32(0)), 65_536, 512)
+    visits = int((plan.stop > plan.start).sum())
+    routed = 4 * 2 * (visits * 512 - 65_536) * 3 * 5120 * 8192
+    assert visits == 128 + 15
+    assert tile_padding(run, POD) == pytest.approx(4 * (attention + routed), rel=2e-3)
+    assert tile_padding(run, parse_topology("h100:2x8")) == 0
 
 
 def test_an_axis_that_takes_the_rest_may_come_to_one():
