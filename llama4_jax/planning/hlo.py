@@ -188,11 +188,13 @@ class Execution:
 
     Attributes:
         times: turns of all loops around it, multiplied.
+        beside: whether it runs beside what follows: begun by one instruction (as tpu7x's sparse cores do) and awaited by another.
     """
 
     instruction: Instruction
     computation: Computation
     times: float
+    beside: bool = False
 
 
 UnknownLoop = Callable[[Instruction], float]  # the turns to take for a loop whose bound depends on data
@@ -201,10 +203,10 @@ UnknownLoop = Callable[[Instruction], float]  # the turns to take for a loop who
 def executions(module: Module, unknown: UnknownLoop, cost: Callable[[list[Execution]], float]) -> list[Execution]:
     """Every instruction that runs, with its turns. Of the branches of a conditional, the one of the highest `cost` runs."""
 
-    def visit(computation: Computation, times: float) -> list[Execution]:
+    def visit(computation: Computation, times: float, beside: bool = False) -> list[Execution]:
         found = []
         for instruction in computation:
-            found.append(Execution(instruction, computation, times))
+            found.append(Execution(instruction, computation, times, beside))
             if instruction.opcode == "while":
                 turns = trip_count(module, computation, instruction)
                 turns = unknown(instruction) if turns is None else turns
@@ -213,9 +215,9 @@ def executions(module: Module, unknown: UnknownLoop, cost: Callable[[list[Execut
             elif instruction.opcode == "conditional":
                 branches = [visit(branch, times) for branch in _branches(module, instruction)]
                 found += max(branches, key=cost, default=[])
-            elif instruction.opcode in ("call", "async-start"):
+            elif instruction.opcode in ("call", "async-start", "call-start"):
                 called = module.called(instruction) or module.called(instruction, "to_apply")
-                found += visit(called, times)
+                found += visit(called, times, beside or instruction.opcode != "call")
         return found
 
     return visit(module.entry, 1.0)

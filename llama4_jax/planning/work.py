@@ -18,7 +18,8 @@ from llama4_jax.planning.hlo import Computation, Execution, Instruction, Module,
 
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all", "partition-id",
-    "replica-id", "opt-barrier", "async-start", "async-update", "async-done", "copy-done", "slice-done", "send", "recv",
+    "replica-id", "opt-barrier", "async-start", "async-update", "async-done", "call-start",
+    "call-done", "copy-done", "slice-done", "send", "recv",
     "send-done", "recv-done", "all-gather-done", "all-reduce-done", "collective-permute-done",
 }  # fmt: skip
 _KINDS = {
@@ -72,6 +73,8 @@ def work(module: Module, execution: Execution, devices: int, slices: int = 1) ->
     if instruction.opcode in ("send", "recv"):
         return Work(collectives=_between_slices(instruction, computation, slices))
     collectives = _collectives(module, instruction, computation, devices // slices)
+    if execution.beside:
+        collectives = tuple(dataclasses.replace(collective, overlapped=True) for collective in collectives)
     estimate = kernel_estimate(instruction)
     if estimate is not None:
         remote = estimate.get("remote_bytes_transferred", 0)

@@ -75,6 +75,15 @@ def test_what_a_scan_does_counts_once_a_turn(on_eight):
     assert exchanges(program) == {("all-gather", "a"): (6, 6 * 3 * 128 * 512 * 2)}
 
 
+def test_gathers_of_sparse_cores_run_beside_work_and_count():
+    """tpu7x hands them to another thread of its compiled program."""
+    program = measured("tpu7x:2x2x1", 1, "scan", "layers")
+    assert exchanges(program["scan"]) == {("all-gather", "a"): (6, 6 * 3 * 128 * 512 * 2)}
+    gathers = [e for e in program["layers"]["exchanges"] if e["kind"] == "all-gather"]
+    assert sum(e["sent"] for e in gathers) == pytest.approx(4 * 7 / 8 * 2048 * 2048 * 2, rel=0.15)
+    assert any(e["overlapped"] for e in gathers)
+
+
 def test_turns_of_loops_within_loops_multiply(on_eight):
     assert on_eight["nested"]["flops"] == 3 * 7 * 2 * 512**3
     assert not on_eight["nested"]["loops"]
