@@ -15,6 +15,7 @@ from absl import flags
 from llama4_jax import app, exit_codes
 from llama4_jax.errors import UserError
 from llama4_jax.parallel import processes
+from llama4_jax.training.stopping import leaving
 
 _BEGIN = time.monotonic()
 
@@ -33,6 +34,13 @@ _REPLAY_STEP = flags.DEFINE_integer(
 
 
 def main(overrides: dict[str, str]) -> int:
+    # The loop saves at a signal. Before and after it nothing is to be saved, and joining the others may take minutes.
+    with leaving(lambda name: leave(f"{name}: stopped outside of the training loop, with nothing to save; run again to go on")):
+        return run(overrides)
+
+
+def run(overrides: dict[str, str]) -> int:
+    """Trains, or replays a step, as the flags say; the exit status."""
     if _CONFIG.value is None or _WORKDIR.value is None:
         raise UserError("--config=FILE and --workdir=DIR are both needed")
     experiment = app.load_experiment(_CONFIG.value, overrides)

@@ -21,8 +21,10 @@ class KubernetesJob(ContainerJob):
     """Attributes:
     namespace: of the cluster.
     queue: a Kueue LocalQueue that the job waits in; empty: none.
+    max_restarts: many, for a machine that is lost without a word reads as a failure of the pods that miss it.
     """
 
+    max_restarts: int = 50
     namespace: str = "default"
     queue: str = ""
 
@@ -99,7 +101,7 @@ def manifest(
 
 
 def _pod_failure_policy() -> dict[str, Any]:
-    """Makes a Job fail with a message that tells why: by an exit status that has a meaning, or by a lost machine."""
+    """Makes a Job fail with a message that tells why: by an exit status that has a meaning, or by a machine that is taken."""
     codes = sorted((exit_codes.FAILED, exit_codes.PREEMPTED))
     return {
         "rules": [

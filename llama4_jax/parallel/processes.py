@@ -29,6 +29,8 @@ HEARTBEAT_SECONDS = 15  # a process that died silently, by kill -9 or with its m
 SHUTDOWN_SECONDS = 15  # that a process which has finished waits for the others
 JOIN_SECONDS = 300  # that processes wait for one another at the start
 
+_EXPLICITLY = "LLAMA4_*"
+
 
 @dataclasses.dataclass(frozen=True)
 class Job:
@@ -78,7 +80,7 @@ def _told_explicitly(environment: Mapping[str, str]) -> Job | None:
     if missing:
         raise UserError(f"{' and '.join(missing)} must be set too: a process needs all of {', '.join(names)}")
     count, index = (_number(environment, name) for name in names[1:])
-    return Job("LLAMA4_*", environment["LLAMA4_COORDINATOR"], count, index)
+    return Job(_EXPLICITLY, environment["LLAMA4_COORDINATOR"], count, index)
 
 
 def _told_by_srun(environment: Mapping[str, str]) -> Job | None:
@@ -87,8 +89,9 @@ def _told_by_srun(environment: Mapping[str, str]) -> Job | None:
         return None
     count, index = _number(environment, "SLURM_STEP_NUM_TASKS"), _number(environment, "SLURM_PROCID")
     job, step = _number(environment, "SLURM_JOB_ID"), _number(environment, "SLURM_STEP_ID")
+    restarts = _number({"SLURM_RESTART_COUNT": "0"} | environment, "SLURM_RESTART_COUNT")  # the ids of a requeued job stay
     # Below the ports that Linux gives to outgoing connections. JAX's own choice is the same for all steps of a job.
-    port = 20_480 + (31 * job + step) % 12_288
+    port = 20_480 + (31 * job + step + 997 * restarts) % 12_288
     coordinator = f"{_first_host(environment['SLURM_STEP_NODELIST'])}:{port}"
     return Job("SLURM", coordinator, count, index, _gpus_of_task(environment))
 
@@ -138,8 +141,9 @@ def start(*, limit_seconds: int = JOIN_SECONDS) -> Job:
     From here on an uncaught exception of one process ends all of them, and says why on each.
 
     Raises:
-        UserError: the environment contradicts itself, or the port of process 0 is taken. (A process that does not come is
-            no fault of the input: then this one ends with the status RETRY, after `limit_seconds`.)
+        UserError: the environment contradicts itself, or names a port that is taken. (A derived port that is taken, and a
+            process that does not come, are no fault of the input: this one ends with the status RETRY, the latter after
+            `limit_seconds`.)
     """
     import jax
 
@@ -170,16 +174,18 @@ def start(*, limit_seconds: int = JOIN_SECONDS) -> Job:
 
 
 def _require_free_port(job: Job) -> None:
-    """jax would share a port with another job's coordinator, and both jobs would break."""
+    """jax would share a port with another job's coordinator, and both jobs would break. One that nobody chose is worth a retry."""
     port = int(job.coordinator.rpartition(":")[2])
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # the last job's closed connections do not count
         try:
             probe.bind(("", port))
         except OSError as error:
-            raise UserError(
-                f"{job.told_by}: process 0 cannot listen at {job.coordinator}: {error.strerror}; choose another port"
-            ) from None
+            line = f"{job.told_by}: process 0 cannot listen at {job.coordinator}: {error.strerror}"
+            if job.told_by == _EXPLICITLY:
+                raise UserError(f"{line}; choose another port") from None
+            _say(line)
+            end(exit_codes.RETRY, line)
 
 
 @contextlib.contextmanager

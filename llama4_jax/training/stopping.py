@@ -1,10 +1,11 @@
 """Stopping between two steps when the operating system or the person at the keyboard asks for it."""
 
+import contextlib
 import itertools
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from llama4_jax.parallel import processes
 
@@ -13,13 +14,49 @@ _NOTHING = -1  # the step begun, before any
 _requests = itertools.count()
 
 
+@contextlib.contextmanager
+def leaving(leave: Callable[[str], None]) -> Iterator[None]:
+    """As a context: SIGTERM and SIGINT call `leave` with the signal's name, from another thread, so that a main one which waits
+    for other processes is not waited for. For where nothing is to be saved; a StopRequest inside has the signals to itself."""
+    with _heard(leave, lambda number, frame: None):
+        yield
+
+
+@contextlib.contextmanager
+def _heard(hear: Callable[[str], None], handle: Callable) -> Iterator[None]:
+    """Each watched signal calls `hear` with its name in a thread, at once, and `handle` in the main thread, whenever that runs
+    Python again. Outside the main thread, where Python allows no handlers, none is set."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+
+    def listen():
+        while byte := os.read(reader, 1):
+            if byte[0] in _WATCHED:
+                hear(signal.Signals(byte[0]).name)
+        os.close(reader)
+
+    threading.Thread(target=listen, name="signals", daemon=True).start()
+    previous_writer = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    previous = {number: signal.signal(number, handle) for number in _WATCHED}
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(previous_writer)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        os.close(writer)  # which ends `listen`
+
+
 class StopRequest:
     """As a context: SIGTERM (a cluster takes the machine back) and SIGINT (Ctrl-C) ask for a stop instead of ending the process.
 
     Of several processes a signal to one is a request to all. They tell one another what step each has begun, and stop after the
     last of these. A thread does it, so that a main thread which is compiling, or waiting for a device, is waited for by nobody.
     Further SIGTERMs are the same request; a second Ctrl-C acts as if nothing had caught it. Outside the main thread, where
-    Python allows no handlers, none is set.
+    Python allows no handlers, none is set. Handlers that were there before come back at the end.
 
     Attributes:
         name: of the signal, once `reached` has said so.
@@ -37,19 +74,13 @@ class StopRequest:
         self._begun = _NOTHING
         self._asking = self._over = False
         self._agreed: tuple[str, int] | None = None  # the signal, and the step to stop before
-        self._previous = {}
+        self._signals = _heard(self._hear, self._handle)
 
     def __enter__(self) -> "StopRequest":
         if not self._alone:
             self._follower = threading.Thread(target=self._follow, name="stop request", daemon=True)
             self._follower.start()
-        if threading.current_thread() is threading.main_thread():
-            self._reader, self._writer = os.pipe()
-            os.set_blocking(self._writer, False)
-            threading.Thread(target=self._listen, name="signals", daemon=True).start()
-            self._previous_writer = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
-            for number in _WATCHED:
-                self._previous[number] = signal.signal(number, self._handle)
+        self._signals.__enter__()
         return self
 
     def reached(self, step: int) -> bool:
@@ -64,20 +95,16 @@ class StopRequest:
             return False
 
     def _handle(self, number, frame) -> None:
-        """In the main thread, whenever that runs Python again; `_listen` hears of the signal at once."""
+        """In the main thread; `_hear` has heard of the signal already."""
         if self._signalled and number == signal.SIGINT:
             signal.default_int_handler(number, frame)
         self._signalled = True
 
-    def _listen(self) -> None:
-        while byte := os.read(self._reader, 1):
-            if byte[0] in _WATCHED:
-                name = signal.Signals(byte[0]).name
-                if self._alone:
-                    self._agree(name)
-                else:
-                    processes.post(self._key, name)
-        os.close(self._reader)
+    def _hear(self, name: str) -> None:
+        if self._alone:
+            self._agree(name)
+        else:
+            processes.post(self._key, name)
 
     def _follow(self) -> None:
         """Waits for a request of any process."""
@@ -105,8 +132,4 @@ class StopRequest:
         if not self._alone:
             processes.post(self._key, "")  # which ends `_follow`, if nobody asked
             self._follower.join(5)
-        if self._previous:
-            signal.set_wakeup_fd(self._previous_writer)
-            while self._previous:
-                signal.signal(*self._previous.popitem())
-            os.close(self._writer)  # which ends `_listen`
+        self._signals.__exit__(None, None, None)

@@ -132,6 +132,13 @@ def test_pods_and_machines_agree():
     assert told["LLAMA4_PROCESS_COUNT"] == "4" == str(inner(gpus)["completions"])
 
 
+def test_machines_lost_without_a_word_do_not_soon_use_up_the_restarts():
+    """Their peers end with a status that no rule knows, and JobSet counts."""
+    assert made(JOBS["one slice"])["spec"]["failurePolicy"]["maxRestarts"] >= 50
+    assert made(JOBS["GPUs"])["spec"]["failurePolicy"]["maxRestarts"] >= 50
+    assert made(JOBS["no restarts"])["spec"]["failurePolicy"]["maxRestarts"] == 0
+
+
 def test_exit_statuses_are_told_apart_by_the_messages_of_kubernetes():
     """The Job controller's words (pod_failure_policy.go), matched by the rules in their order as JobSet does."""
     import re

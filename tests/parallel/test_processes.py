@@ -1,5 +1,6 @@
 """How a process finds its job, joins it, and ends with it."""
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -71,6 +72,15 @@ def test_steps_and_jobs_of_one_machine_have_ports_of_their_own():
     places = [("7", "0"), ("7", "1"), ("8", "0"), ("4103", "0")]
     ports = [int(find(STEP | {"SLURM_JOB_ID": job, "SLURM_STEP_ID": step}).coordinator.split(":")[1]) for job, step in places]
     assert len(set(ports)) == len(ports) and all(1024 < port < 32768 for port in ports)
+
+
+def test_a_requeued_job_takes_another_port():
+    """Its ids stay; what holds the port may hold it still."""
+    turns = [{}, *({"SLURM_RESTART_COUNT": str(count)} for count in range(20))]
+    first, *ports = [find(STEP | turn).coordinator for turn in turns]
+    assert first == ports[0] and len(set(ports)) == len(ports)
+    with pytest.raises(UserError, match="SLURM_RESTART_COUNT must be a whole number, got 'x'"):
+        find(STEP | {"SLURM_RESTART_COUNT": "x"})
 
 
 @pytest.mark.parametrize(
@@ -195,7 +205,11 @@ def test_a_fault_of_one_process_ends_all_within_seconds_and_all_say_why(start_jo
 
 
 def start_alone(*, index, port, host="127.0.0.1", limit=2):
-    environment = {"LLAMA4_COORDINATOR": f"{host}:{port}", "LLAMA4_PROCESS_COUNT": "2", "LLAMA4_PROCESS_ID": str(index)}
+    told = {"LLAMA4_COORDINATOR": f"{host}:{port}", "LLAMA4_PROCESS_COUNT": "2", "LLAMA4_PROCESS_ID": str(index)}
+    return start(told, limit)
+
+
+def start(environment, limit=2):
     script = f"from llama4_jax.parallel import processes; processes.start(limit_seconds={limit})"
     command = [sys.executable, "-c", f"from llama4_jax import app\ndef main(_):\n    {script}\napp.run(main)"]
     return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=60)
@@ -224,3 +238,17 @@ def test_a_taken_port_is_told():
         alone = start_alone(index=0, port=port)
     assert alone.returncode == exit_codes.FAILED
     assert f"cannot listen at 127.0.0.1:{port}: Address already in use; choose another port" in alone.stderr
+
+
+def test_a_taken_port_that_nobody_chose_is_worth_a_retry():
+    step = STEP | {"SLURM_STEP_NODELIST": "localhost", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+    for job in range(100):  # until a port of this machine is free for the test itself
+        environment = step | {"SLURM_JOB_ID": str(job)}
+        coordinator = find(environment).coordinator
+        with socket.socket() as other, contextlib.suppress(OSError):
+            other.bind(("", int(coordinator.split(":")[1])))
+            other.listen()
+            alone = start(environment)
+            break
+    assert alone.returncode == exit_codes.RETRY
+    assert alone.stderr == f"SLURM: process 0 cannot listen at {coordinator}: Address already in use\n"

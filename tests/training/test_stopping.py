@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -12,7 +13,7 @@ import pytest
 
 from llama4_jax import exit_codes
 from llama4_jax.training.recorder import read_events
-from llama4_jax.training.stopping import StopRequest
+from llama4_jax.training.stopping import StopRequest, leaving
 
 FIXTURE = Path(__file__).parents[1] / "fixtures/tiny_experiment.py"
 
@@ -59,6 +60,21 @@ def test_after_the_first_step_nobody_leaves():
     assert left == []
 
 
+def test_a_stop_request_has_the_signals_to_itself_and_gives_them_back():
+    before, left = handlers(), []
+    with leaving(left.append):
+        with StopRequest() as stop:
+            assert not stop.reached(1)
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.reached(2) and left == []
+        os.kill(os.getpid(), signal.SIGINT)
+        deadline = time.monotonic() + 10
+        while not left:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    assert left == ["SIGINT"] and handlers() == before
+
+
 def test_outside_of_the_main_thread_there_are_no_handlers_and_no_stop():
     answers, before = [], handlers()
 
@@ -103,6 +119,43 @@ def test_two_processes_agree_on_the_step_whoever_is_signalled_and_however_often(
     one, two = ([line for line in process.output().splitlines() if line[0].isdigit()] for process in job)
     assert one == two and len(one) == 30
     assert len({line.split()[1] for line in one}) > 10, "stopped at many steps"
+
+
+JOINING = """
+import sys
+import jax
+from llama4_jax import app
+from llama4_jax.train import main
+
+initialize = jax.distributed.initialize
+
+def join(*arguments, **options):
+    print("joining", file=sys.stderr, flush=True)
+    initialize(*arguments, **options)
+
+jax.distributed.initialize = join
+app.run(main)
+"""
+
+
+@pytest.mark.parametrize("index, number", [(0, signal.SIGTERM), (1, signal.SIGTERM), (1, signal.SIGINT)])
+def test_a_signal_ends_a_process_that_waits_for_one_that_never_comes(start_job, monkeypatch, tmp_path, index, number):
+    """Its main thread is in jax's C++, where no handler of Python's runs; the limit of that wait is 300 s."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("LLAMA4_COORDINATOR", f"127.0.0.1:{probe.getsockname()[1]}")
+    monkeypatch.setenv("LLAMA4_PROCESS_COUNT", "2")
+    monkeypatch.setenv("LLAMA4_PROCESS_ID", str(index))
+    (lone,) = start_job(1, "-c", JOINING, f"--config={FIXTURE}", f"--workdir={tmp_path}", devices=1)
+    deadline = time.monotonic() + 60
+    while "joining" not in lone.output():
+        assert time.monotonic() < deadline and lone.process.poll() is None, lone.output()
+        time.sleep(0.05)
+    time.sleep(1)  # until it waits
+    lone.process.send_signal(number)
+    assert lone.ended(10) == exit_codes.PREEMPTED, lone.output()
+    name = signal.Signals(number).name
+    assert f"{name}: stopped outside of the training loop, with nothing to save; run again to go on" in lone.output()
 
 
 IN_A_COMPILATION = """
