@@ -235,7 +235,8 @@ class Sitting:
         """To the newest checkpoint, and on with the batches that come now."""
         skipped, came_to, data = self.skipped, self.step, self.trainer.batches.get_state()
         self.timer.stop()
-        self._tell_saved(self.checkpoints.wait())
+        with self._doing("save", self.experiment.watch.checkpoint_seconds):
+            self._tell_saved(self.checkpoints.wait())
         del self.state  # for its memory
         self.recorder.record("restore")
         self._go_to_newest_checkpoint()

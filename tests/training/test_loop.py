@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 
 from llama4_jax.app import load_experiment
+from llama4_jax.checkpoints.run_checkpoints import RunCheckpoints
 from llama4_jax.errors import UserError
 from llama4_jax.training import trainer
 from llama4_jax.training.goodput import account
 from llama4_jax.training.loop import train
 from llama4_jax.training.recorder import read_events
+from llama4_jax.training.watchdog import Watchdog
 
 FIXTURE = str(Path(__file__).parents[1] / "fixtures/tiny_experiment.py")
 TIMINGS = ("step_seconds", "tokens_per_second", "model_tflops_per_second", "mfu")
@@ -258,6 +260,16 @@ def test_a_signal_amid_steps_left_out_changes_nothing(tmp_path, experiment, monk
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir() if path.name.isdigit()] == ["5"]
     result = poisoned_train(tmp_path / "run", experiment, monkeypatch, not_a_number, {7, 8, 9})
     assert_same_bits(result.state, expected.state)
+
+
+def test_a_rollback_waits_for_a_save_as_long_as_a_save_may_take(tmp_path, experiment, monkeypatch):
+    """Not as long as a step may: it may take far longer."""
+    experiment.evaluations, experiment.watch.checkpoint_seconds = {}, 1234
+    limits, waited, expect, wait = [], [], Watchdog._expect, RunCheckpoints.wait
+    monkeypatch.setattr(Watchdog, "_expect", lambda dog, *limit: (limits.append(limit), expect(dog, *limit)))
+    monkeypatch.setattr(RunCheckpoints, "wait", lambda checkpoints: (waited.append(limits[-1]), wait(checkpoints))[1])
+    poisoned_train(tmp_path, experiment, monkeypatch, not_a_number, {7, 8, 9})
+    assert (tmp_path / "rollbacks.json").exists() and waited == [("save", 1234)] * 2, "the second at the end"
 
 
 def test_the_last_steps_of_a_run_are_taken_back_too(tmp_path, experiment, monkeypatch):
