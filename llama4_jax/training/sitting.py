@@ -1,6 +1,7 @@
 """One sitting of a training run: from a start or a resume to the end, or an interruption."""
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -149,7 +150,8 @@ class Sitting:
         batch = self.trainer.next_batch(self.step)
         train_step = self._compile(batch)
         in_flight = None
-        while self.step < self.experiment.steps and not self.stop.reached(self.step + 1):
+        begun = itertools.count(1)  # steps of this sitting: unlike the step's number, this never goes back
+        while self.step < self.experiment.steps and not self.stop.reached(next(begun)):
             batch = batch or self.trainer.next_batch(self.step)
             self.trace.before(self.step + 1)
             self.timer.start()

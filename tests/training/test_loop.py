@@ -262,6 +262,19 @@ def test_a_signal_amid_steps_left_out_changes_nothing(tmp_path, experiment, monk
     assert_same_bits(result.state, expected.state)
 
 
+def test_a_signal_at_a_rollback_stops_there(tmp_path, experiment, monkeypatch):
+    """While the last of three bad steps is waited for: not five steps later, when the run has come as far again."""
+    experiment.steps, experiment.evaluations, bad = 12, {}, {7, 8, 9}
+    expected = poisoned_train(tmp_path / "straight", experiment, monkeypatch, not_a_number, bad)
+
+    stop_at_tenth = lambda batch: signal.raise_signal(signal.SIGTERM) or batch  # noqa: E731
+    poisons = iter([*[not_a_number] * 3, stop_at_tenth])
+    result = poisoned_train(tmp_path / "run", experiment, monkeypatch, lambda batch: next(poisons)(batch), bad | {10})
+    assert (tmp_path / "run/rollbacks.json").exists() and (result.status, result.step) == ("stopped", 5)
+    result = poisoned_train(tmp_path / "run", experiment, monkeypatch, not_a_number, bad)
+    assert_same_bits(result.state, expected.state)
+
+
 def test_a_rollback_waits_for_a_save_as_long_as_a_save_may_take(tmp_path, experiment, monkeypatch):
     """Not as long as a step may: it may take far longer."""
     experiment.evaluations, experiment.watch.checkpoint_seconds = {}, 1234
