@@ -19,6 +19,7 @@ from llama4_jax.training import trainer
 from llama4_jax.training.goodput import account
 from llama4_jax.training.loop import train
 from llama4_jax.training.recorder import read_events
+from llama4_jax.training.sitting import Sitting
 from llama4_jax.training.watchdog import Watchdog
 
 FIXTURE = str(Path(__file__).parents[1] / "fixtures/tiny_experiment.py")
@@ -260,6 +261,45 @@ def test_a_signal_amid_steps_left_out_changes_nothing(tmp_path, experiment, monk
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir() if path.name.isdigit()] == ["5"]
     result = poisoned_train(tmp_path / "run", experiment, monkeypatch, not_a_number, {7, 8, 9})
     assert_same_bits(result.state, expected.state)
+
+
+def spoil_first_save(monkeypatch, step):
+    """The first checkpoint of `step` holds parameters that the update before it, or the hardware, has spoilt."""
+    save, spoilt = Sitting._save, []
+
+    def spoil_and_save(sitting, values=None, *, may_skip=False):
+        if sitting.step == step and not spoilt:
+            spoilt.append(step)
+            sitting.state = sitting.state.replace(params=jax.tree.map(lambda x: x * np.float32("nan"), sitting.state.params))
+        save(sitting, values)  # and none is skipped, however slow the disk
+
+    monkeypatch.setattr(Sitting, "_save", spoil_and_save)
+
+
+def test_a_checkpoint_that_no_step_gets_past_is_set_aside_for_the_one_below(tmp_path, experiment, monkeypatch):
+    """It is tried twice, for it may have been the batches; what comes of it is the run without all batches since the older."""
+    experiment.steps, experiment.evaluations = 15, {}
+    with monkeypatch.context() as patch:
+        spoil_first_save(patch, 10)
+        result = poisoned_train(tmp_path / "run", experiment, monkeypatch, None, ())
+    assert result.status == "finished"
+    assert {path.name for path in (tmp_path / "run/checkpoints").iterdir()} == {"10", "10.damaged-1", "15"}
+    (rollback,) = json.loads((tmp_path / "run/rollbacks.json").read_text())
+    assert (rollback["to"], rollback["sound"]) == (5, 10)
+    dropped = range(6, rollback["data"]["step"] + 1)
+    expected = poisoned_train(tmp_path / "without", experiment, monkeypatch, None, (), dropped=dropped)
+    assert_same_bits(result.state, expected.state)
+
+
+def test_a_run_that_fails_from_an_older_checkpoint_too_ends_with_that_one_kept(tmp_path, experiment, monkeypatch):
+    experiment.steps, experiment.evaluations = 15, {}
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(UserError, match="in a row had to be left out again after going back to step 5"),
+    ):
+        spoil_first_save(patch, 10)
+        poisoned_train(tmp_path, experiment, monkeypatch, not_a_number, range(17, 40))
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"5", "10.damaged-1"}
 
 
 def test_a_signal_at_a_rollback_stops_there(tmp_path, experiment, monkeypatch):
