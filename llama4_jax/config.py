@@ -290,9 +290,9 @@ class DataConfig:
     sequence_length: int = 512  # T
     batch_size: int = 16  # B, over all devices and processes
     shuffle_seed: int = 0
-    max_bad_records: int = (
-        0  # records that may be left out because they cannot be read, each named in the log; more stop the run
-    )
+    # Records that may be left out because they cannot be read, each named in the log; more stop the run. Each process of each
+    # sitting counts anew, and of pictures that are decoded with their batches only its own.
+    max_bad_records: int = 0
     # A run whose checkpoint is of other data (sources, weights, seed, tokenizer, batch size, anything above) is refused, or goes
     # on with the checkpoint's parameters and reads the changed data from their beginning.
     when_changed: Literal["refuse", "start_over"] = "refuse"

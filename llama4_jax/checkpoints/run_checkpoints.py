@@ -269,7 +269,7 @@ class RunCheckpoints:
             if damage is None:
                 self._whole = step
                 return step
-            processes.from_first("a damaged checkpoint", lambda step=step, damage=damage: self._set_aside(step, damage))
+            self.set_aside(step, damage)
         if below is None and (steps or aside or last is not None):
             processes.from_first("that no checkpoint is whole", self._refuse_to_begin)
         return None
@@ -298,6 +298,10 @@ class RunCheckpoints:
         self._whole = None
         state = jax.tree.unflatten(jax.tree.structure(target), [items["state"][path] for path in _flat(target)])
         return Restored(step=step, state=state, data=items["data"], fingerprint=items["fingerprint"])
+
+    def set_aside(self, step: int, reason: str) -> None:
+        """Renames the checkpoint of `step`, as one that is damaged, and tells why. Raises UserError when it cannot be renamed."""
+        processes.from_first("a damaged checkpoint", lambda: self._set_aside(step, reason))
 
     def _damage(self, step: int) -> str | None:
         """What is wrong with a checkpoint, each process having read its share of the files; None: it is whole."""

@@ -13,7 +13,7 @@ class BadRecord(UserError):
 
 
 class BadRecords:
-    """Those of one reading of the data. May be shared by threads.
+    """Those of one reading of the data, by one process in one sitting. May be shared by threads.
 
     Attributes:
         found: what was wrong with each, a line that names its place.

@@ -7,7 +7,6 @@ headers of its pictures are read; they are decoded with the batches that show th
 """
 
 import concurrent.futures
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -211,8 +210,10 @@ def _processor(config: DataConfig, model: ModelConfig, cache_dir: Path, training
 def _texts(records: Sequence[Record]) -> Iterator[str]:
     """Every text of conversations, for a tokenizer to learn from."""
     for record in records:
-        with contextlib.suppress(BadRecord):  # told when it is encoded
+        try:
             messages, _ = _messages(record)
+        except BadRecord:
+            continue  # told when it is encoded
         for message in messages:
             content = message.get("content") if isinstance(message, dict) else None
             parts = content if isinstance(content, list) else [{"text": content}]

@@ -74,6 +74,7 @@ class TrainBatches:
 
     def __init__(self, dataset: grain.IterDataset, identity: dict[str, Any], when_changed: Literal["refuse", "start_over"]):
         self._iterator = iter(dataset)
+        self._beginning = self._iterator.get_state()
         self._identity: dict[str, Any] = json.loads(json.dumps(identity))  # as a state has it that was saved
         self._when_changed = when_changed
 
@@ -100,7 +101,7 @@ class TrainBatches:
     def set_state(self, state: dict) -> None:
         """Goes to the place of `state`. Grain would not notice that it comes from another stream.
 
-        Raises ChangedData that names each difference; with when_changed=start_over it stays at the beginning, and logs them.
+        Raises ChangedData that names each difference; with when_changed=start_over it goes to the beginning, and logs them.
         """
         then, now = state["identity"], self._identity
         changes = [
@@ -114,6 +115,7 @@ class TrainBatches:
                 "data.when_changed=start_over"
             )
         else:
+            self._iterator.set_state(self._beginning)
             logger.warning("the data differ from the checkpoint's and are read from their beginning: %s", "; ".join(changes))
 
 

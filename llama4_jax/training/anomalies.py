@@ -97,21 +97,33 @@ class Rollbacks:
 
     def data_after(self, step: int) -> dict[str, Any] | None:
         """The state of the data to go on with after `step`, where it is not what follows."""
-        return next((made["data"] for made in self._made if made["to"] == step), None)
+        made = self._to(step)
+        return None if made is None else made["data"]
 
-    def add(self, *, to: int, skipped: list[str], data: dict[str, Any]) -> None:
-        """Notes that the run goes back `to` a step, for the steps that were `skipped`, and on with other data.
+    def _to(self, step: int) -> dict[str, Any] | None:
+        return next((made for made in self._made if made["to"] == step), None)
+
+    def never_got_past(self, step: int, sound: int) -> bool:
+        """Whether the run has gone back to `step` before, and no step after it was sound, neither then nor now; `sound` is the
+        last one that was."""
+        before = self._to(step)
+        return before is not None and before.get("sound") == step == sound
+
+    def add(self, *, to: int, sound: int, skipped: list[str], data: dict[str, Any]) -> None:
+        """Notes that the run goes back `to` a step, for the steps that were `skipped` after the last `sound` one, and on with
+        other data. What it noted of steps behind `to` is void: the run comes to them on other data.
 
         Raises:
             UserError: it has gone back to there before, so that other data are no help.
         """
-        if before := next((made for made in self._made if made["to"] == to), None):
+        if before := self._to(to):
             raise UserError(
                 f"{len(skipped)} steps in a row had to be left out again after going back to step {to} and past the batches of "
                 f"{before['skipped'][0]}; now {skipped[0]}. The data are not what is wrong: lower optimizer.learning_rate or "
                 f"lengthen optimizer.warmup_steps in a new --workdir; or raise anomalies.loss_factor and grad_norm_factor here"
             )
-        self._made = [*self._made, {"to": to, "skipped": skipped, "data": data}]
+        kept = [made for made in self._made if made["to"] < to]
+        self._made = [*kept, {"to": to, "sound": sound, "skipped": skipped, "data": data}]
         processes.from_first("rollbacks.json", self._write)
 
     def _write(self) -> None:

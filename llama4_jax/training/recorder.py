@@ -23,7 +23,8 @@ STEP_SECONDS = 30.0  # between two lines about steps alone: 0.3 MB a day
 
 
 class FlightRecorder:
-    """Appends events of this process. A line is on its way to the disk when the call returns, so that kill -9 loses none.
+    """Appends events of this process. A line is on its way to the disk when `record` returns, so that kill -9 loses none. Steps
+    are told together: those of up to the last half minute may not be in a line yet, and kill -9 loses these.
 
     The first process writes events.jsonl; another one writes only what happens to it alone, to events-<process>.jsonl. A disk
     that refuses is told once and stops nothing.

@@ -1,6 +1,7 @@
 """One sitting of a training run: from a start or a resume to the end, or an interruption."""
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -122,7 +123,7 @@ class Sitting:
         """Or to step 0, where there is none."""
         self.watchdog.expect("restore", self.experiment.watch.checkpoint_seconds)
         self.state = self.trainer.restore(self.checkpoints)
-        self.step = self.saved_step = self.compared_step = int(self.state.step)
+        self.step = self.saved_step = self.compared_step = self.sound_step = int(self.state.step)
         self.skipped: list[str] = []  # the last steps, as far as they were left out
 
     def train(self) -> TrainResult:
@@ -149,7 +150,8 @@ class Sitting:
         batch = self.trainer.next_batch(self.step)
         train_step = self._compile(batch)
         in_flight = None
-        while self.step < self.experiment.steps and not self.stop.reached(self.step + 1):
+        begun = itertools.count(1)  # steps of this sitting: unlike the step's number, this never goes back
+        while self.step < self.experiment.steps and not self.stop.reached(next(begun)):
             batch = batch or self.trainer.next_batch(self.step)
             self.trace.before(self.step + 1)
             self.timer.start()
@@ -202,6 +204,7 @@ class Sitting:
             self._tell_skipped(done, verdict)
             return
         self.skipped.clear()
+        self.sound_step = step
         if step % self.experiment.log_every == 0 or step in (1, self.experiment.steps):
             seconds = self.timer.mean_and_reset()
             metrics = {name: value.tolist() for name, value in jax.device_get(done.metrics).items() if name not in _INTERNAL}
@@ -232,14 +235,16 @@ class Sitting:
         return len(self.skipped) >= self.experiment.anomalies.rollback_after
 
     def _go_back(self) -> None:
-        """To the newest checkpoint, and on with the batches that come now."""
-        skipped, came_to, data = self.skipped, self.step, self.trainer.batches.get_state()
+        """To the newest checkpoint that steps get past, and on with the batches that come now."""
+        skipped, came_to, sound, data = self.skipped, self.step, self.sound_step, self.trainer.batches.get_state()
         self.timer.stop()
-        self._tell_saved(self.checkpoints.wait())
+        with self._doing("save", self.experiment.watch.checkpoint_seconds):
+            self._tell_saved(self.checkpoints.wait())
         del self.state  # for its memory
         self.recorder.record("restore")
+        self._set_aside_poisoned_checkpoint(sound)
         self._go_to_newest_checkpoint()
-        self.trainer.rollbacks.add(to=self.step, skipped=skipped, data=data)
+        self.trainer.rollbacks.add(to=self.step, sound=sound, skipped=skipped, data=data)
         self.run.forget_metrics_after(self.step)
         self.tensorboard.close()
         self.tensorboard = TensorBoard(self.run.folder / "tensorboard", first_step=self.step + 1)
@@ -250,6 +255,18 @@ class Sitting:
         self.progress.say(line)
         self.recorder.record("fault", step=self.step, what=f"{line}: {'; '.join(skipped)}")
         self._go_on()
+
+    def _set_aside_poisoned_checkpoint(self, sound: int) -> None:
+        """The newest, where it must be what is at fault: a step's loss judges the parameters before it, so that nothing has judged
+        those that the last sound step left behind. Those of the checkpoint below were judged by the steps between the two."""
+        self.watchdog.expect("restore", self.experiment.watch.checkpoint_seconds)
+        newest = self.checkpoints.newest_step()
+        if newest is None or not self.trainer.rollbacks.never_got_past(newest, sound):
+            return
+        if self.checkpoints.newest_step(below=newest) is not None:
+            reason = "no step after it was sound, whatever the batches"
+            self.recorder.record("fault", step=newest, what=f"the checkpoint of step {newest} is set aside: {reason}")
+            self.checkpoints.set_aside(newest, reason)
 
     def _log(self, record: dict[str, Any]) -> None:
         self.run.append_metrics(record)

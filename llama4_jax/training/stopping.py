@@ -53,8 +53,8 @@ def _heard(hear: Callable[[str], None], handle: Callable) -> Iterator[None]:
 class StopRequest:
     """As a context: SIGTERM (a cluster takes the machine back) and SIGINT (Ctrl-C) ask for a stop instead of ending the process.
 
-    Of several processes a signal to one is a request to all. They tell one another what step each has begun, and stop after the
-    last of these. A thread does it, so that a main thread which is compiling, or waiting for a device, is waited for by nobody.
+    Of several processes a signal to one is a request to all. They tell one another how many steps each has begun, and stop after
+    the most of these. A thread does it, so that a main thread which is compiling, or waiting for a device, is waited for by nobody.
     Further SIGTERMs are the same request; a second Ctrl-C acts as if nothing had caught it. Outside the main thread, where
     Python allows no handlers, none is set. Handlers that were there before come back at the end.
 
@@ -84,7 +84,11 @@ class StopRequest:
         return self
 
     def reached(self, step: int) -> bool:
-        """Whether to stop before this step, the same on all processes; ask once before each."""
+        """Whether to stop before this step, the same on all processes; ask once before each.
+
+        Args:
+            step: the how manieth that is begun. It never goes back, also when the run does.
+        """
         with self._changed:
             while (self._signalled or self._asking) and self._agreed is None and not self._over:
                 self._changed.wait()

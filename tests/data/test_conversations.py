@@ -226,6 +226,21 @@ def test_a_conversation_that_cannot_be_read_is_named(config, tmp_path, record, m
         prepare(dataclasses.replace(config, sources=(str(source),)), tmp_path / "cache")
 
 
+@pytest.mark.parametrize("place", [0, 7])
+def test_a_conversation_that_cannot_be_read_teaches_the_tokenizer_nothing(config, tmp_path, place):
+    """Wherever it stands: first, before any other is read, too."""
+    records = [*some(6), exchange("rare " * 9), *some(12)[6:]]
+    held = (str(write(tmp_path / "held", exchange("held"))),)
+    without = dataclasses.replace(config, sources=(str(write(tmp_path / "whole", *records)),), heldout_sources=held)
+    prepare(without, tmp_path / "cache")
+    records.insert(place, {"text": "no conversation"})
+    given = dataclasses.replace(without, sources=(str(write(tmp_path / "bad", *records)),), max_bad_records=1)
+    corpus = prepare(given, tmp_path / "other")
+    assert corpus.counts.skipped == 1
+    learned = [json.loads((tmp_path / name / "tokenizer.json").read_text()) for name in ("cache", "other")]
+    assert learned[0] == learned[1]
+
+
 def test_an_unreadable_picture_fails_before_training_or_leaves_its_conversation_out(config, tmp_path, caplog):
     (tmp_path / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
     record = exchange([{"type": "image", "path": "../bad.png"}])

@@ -99,14 +99,33 @@ def test_a_step_that_was_left_out_is_described():
 def test_rollbacks_are_kept_and_a_second_to_one_place_is_refused(tmp_path):
     rollbacks = Rollbacks(tmp_path)
     assert rollbacks.data_after(5) is None
-    rollbacks.add(to=5, skipped=["step 7"], data={"step": 10})
-    rollbacks.add(to=20, skipped=["step 24"], data={"step": 30})
+    rollbacks.add(to=5, sound=6, skipped=["step 7"], data={"step": 10})
+    rollbacks.add(to=20, sound=23, skipped=["step 24"], data={"step": 30})
     again = Rollbacks(tmp_path)
     assert [again.data_after(step) for step in (5, 6, 20)] == [{"step": 10}, None, {"step": 30}]
     with pytest.raises(
         UserError, match=r"1 steps in a row had to be left out again after going back to step 5 .* step 7; now step 8"
     ):
-        again.add(to=5, skipped=["step 8"], data={"step": 12})
+        again.add(to=5, sound=7, skipped=["step 8"], data={"step": 12})
+
+
+def test_a_rollback_to_an_older_step_voids_those_to_newer_ones(tmp_path):
+    """Their data would be read again."""
+    rollbacks = Rollbacks(tmp_path)
+    for to, batch in ((4, 10), (8, 14), (12, 20)):
+        rollbacks.add(to=to, sound=to, skipped=[f"step {to + 1}"], data={"step": batch})
+    rollbacks.add(to=6, sound=12, skipped=["step 13"], data={"step": 24})
+    assert [Rollbacks(tmp_path).data_after(step) for step in (4, 6, 8, 12)] == [{"step": 10}, {"step": 24}, None, None]
+
+
+def test_a_step_is_never_got_past_where_none_after_it_was_sound_before_and_after_a_rollback_to_it(tmp_path):
+    rollbacks = Rollbacks(tmp_path)
+    assert not rollbacks.never_got_past(5, sound=5), "it may have been the batches"
+    rollbacks.add(to=5, sound=5, skipped=["step 6"], data={"step": 9})
+    rollbacks.add(to=10, sound=11, skipped=["step 12"], data={"step": 19})
+    assert rollbacks.never_got_past(5, sound=5)
+    assert not rollbacks.never_got_past(5, sound=6)
+    assert not rollbacks.never_got_past(10, sound=10), "step 11 was sound, before"
 
 
 def test_a_file_of_rollbacks_that_cannot_be_read_is_not_taken_for_none(tmp_path):

@@ -13,11 +13,14 @@ import numpy as np
 import pytest
 
 from llama4_jax.app import load_experiment
+from llama4_jax.checkpoints.run_checkpoints import RunCheckpoints
 from llama4_jax.errors import UserError
 from llama4_jax.training import trainer
 from llama4_jax.training.goodput import account
 from llama4_jax.training.loop import train
 from llama4_jax.training.recorder import read_events
+from llama4_jax.training.sitting import Sitting
+from llama4_jax.training.watchdog import Watchdog
 
 FIXTURE = str(Path(__file__).parents[1] / "fixtures/tiny_experiment.py")
 TIMINGS = ("step_seconds", "tokens_per_second", "model_tflops_per_second", "mfu")
@@ -258,6 +261,68 @@ def test_a_signal_amid_steps_left_out_changes_nothing(tmp_path, experiment, monk
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir() if path.name.isdigit()] == ["5"]
     result = poisoned_train(tmp_path / "run", experiment, monkeypatch, not_a_number, {7, 8, 9})
     assert_same_bits(result.state, expected.state)
+
+
+def spoil_first_save(monkeypatch, step):
+    """The first checkpoint of `step` holds parameters that the update before it, or the hardware, has spoilt."""
+    save, spoilt = Sitting._save, []
+
+    def spoil_and_save(sitting, values=None, *, may_skip=False):
+        if sitting.step == step and not spoilt:
+            spoilt.append(step)
+            sitting.state = sitting.state.replace(params=jax.tree.map(lambda x: x * np.float32("nan"), sitting.state.params))
+        save(sitting, values)  # and none is skipped, however slow the disk
+
+    monkeypatch.setattr(Sitting, "_save", spoil_and_save)
+
+
+def test_a_checkpoint_that_no_step_gets_past_is_set_aside_for_the_one_below(tmp_path, experiment, monkeypatch):
+    """It is tried twice, for it may have been the batches; what comes of it is the run without all batches since the older."""
+    experiment.steps, experiment.evaluations = 15, {}
+    with monkeypatch.context() as patch:
+        spoil_first_save(patch, 10)
+        result = poisoned_train(tmp_path / "run", experiment, monkeypatch, None, ())
+    assert result.status == "finished"
+    assert {path.name for path in (tmp_path / "run/checkpoints").iterdir()} == {"10", "10.damaged-1", "15"}
+    (rollback,) = json.loads((tmp_path / "run/rollbacks.json").read_text())
+    assert (rollback["to"], rollback["sound"]) == (5, 10)
+    dropped = range(6, rollback["data"]["step"] + 1)
+    expected = poisoned_train(tmp_path / "without", experiment, monkeypatch, None, (), dropped=dropped)
+    assert_same_bits(result.state, expected.state)
+
+
+def test_a_run_that_fails_from_an_older_checkpoint_too_ends_with_that_one_kept(tmp_path, experiment, monkeypatch):
+    experiment.steps, experiment.evaluations = 15, {}
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(UserError, match="in a row had to be left out again after going back to step 5"),
+    ):
+        spoil_first_save(patch, 10)
+        poisoned_train(tmp_path, experiment, monkeypatch, not_a_number, range(17, 40))
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"5", "10.damaged-1"}
+
+
+def test_a_signal_at_a_rollback_stops_there(tmp_path, experiment, monkeypatch):
+    """While the last of three bad steps is waited for: not five steps later, when the run has come as far again."""
+    experiment.steps, experiment.evaluations, bad = 12, {}, {7, 8, 9}
+    expected = poisoned_train(tmp_path / "straight", experiment, monkeypatch, not_a_number, bad)
+
+    stop_at_tenth = lambda batch: signal.raise_signal(signal.SIGTERM) or batch  # noqa: E731
+    poisons = iter([*[not_a_number] * 3, stop_at_tenth])
+    result = poisoned_train(tmp_path / "run", experiment, monkeypatch, lambda batch: next(poisons)(batch), bad | {10})
+    assert (tmp_path / "run/rollbacks.json").exists() and (result.status, result.step) == ("stopped", 5)
+    result = poisoned_train(tmp_path / "run", experiment, monkeypatch, not_a_number, bad)
+    assert_same_bits(result.state, expected.state)
+
+
+def test_a_rollback_waits_for_a_save_as_long_as_a_save_may_take(tmp_path, experiment, monkeypatch):
+    """Not as long as a step may: it may take far longer."""
+    experiment.evaluations, experiment.watch.checkpoint_seconds = {}, 1234
+    limits, waited, expect, wait = [], [], Watchdog._expect, RunCheckpoints.wait
+    monkeypatch.setattr(Watchdog, "_expect", lambda dog, *limit: (limits.append(limit), expect(dog, *limit)))
+    monkeypatch.setattr(RunCheckpoints, "wait", lambda checkpoints: (waited.append(limits[-1]), wait(checkpoints))[1])
+    poisoned_train(tmp_path, experiment, monkeypatch, not_a_number, {7, 8, 9})
+    assert (tmp_path / "rollbacks.json").exists() and waited == [("save", 1234)] * 2, "the second at the end"
 
 
 def test_the_last_steps_of_a_run_are_taken_back_too(tmp_path, experiment, monkeypatch):
