@@ -15,14 +15,16 @@ step was saved last, so that a folder that is suddenly empty, such as a disk tha
 
 import contextlib
 import dataclasses
+import errno
 import logging
+import os
 import re
 import shutil
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import orbax.checkpoint as ocp
@@ -43,6 +45,9 @@ _SAVING, _DELETED = ".saving", ".deleted"
 _LEFTOVER = re.compile(rf"\d+({_SAVING}|{_DELETED}|\.orbax-checkpoint-tmp).*")
 _SET_ASIDE = re.compile(r"\d+\.damaged-\d+")
 _LIMIT_SECONDS = 4 * 3600  # that a process waits for the others to write or read their part
+# What is wrong with a disk when a user must mend it. Any other error of a save, such as a peer that is gone, may pass by itself.
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
+_DISK_ERRORS += (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +100,8 @@ class RunCheckpoints:
                 state=ocp.StandardCheckpointHandler(),
                 data=ocp.JsonCheckpointHandler(),
                 fingerprint=ocp.JsonCheckpointHandler(),
-            )
+            ),
+            timeout_secs=_LIMIT_SECONDS,
         )
 
     def _clear(self) -> None:
@@ -129,7 +135,8 @@ class RunCheckpoints:
         Returns whether it is being saved.
 
         Raises:
-            UserError: the disk has no room, an earlier save failed, or `values` lack the one that says which is best.
+            UserError: the disk has no room or refuses, now or in an earlier save, or `values` lack the one that says which is
+                best. What else an earlier save met with is raised as it is.
         """
         require_known_value(self._config, values or {})
         if may_skip and self._is_busy():
@@ -152,8 +159,8 @@ class RunCheckpoints:
         }
         try:
             self._checkpointer.save(self._saving(step), args=ocp.args.Composite(**items), force=True)
-        except (OSError, ValueError) as error:
-            raise self._save_error(step, error) from error
+        except Exception as error:
+            self._fail(step, error)
         self._writing = _Writing(
             step, begin, finish=lambda: self._finish(step, values or {}), tidy=lambda: self._delete_superfluous(step)
         )
@@ -161,14 +168,14 @@ class RunCheckpoints:
         return True
 
     def check(self) -> list[Saved]:
-        """The saves that have become durable since it was last asked. Raises UserError if one failed."""
+        """The saves that have become durable since it was last asked. Raises what `save` does when one failed."""
         if self._writing is not None and not self._writing.is_alive():
             self._settle()
         saved, self._saved = self._saved, []
         return saved
 
     def wait(self) -> list[Saved]:
-        """Returns what `check` does when the last save is durable. Raises UserError if it failed."""
+        """Returns what `check` does when the last save is durable. Raises what `save` does when it failed."""
         self._settle()
         return self.check()
 
@@ -179,7 +186,7 @@ class RunCheckpoints:
         self._writing.join()
         writing, self._writing = self._writing, None
         if writing.error is not None:
-            raise self._save_error(writing.step, writing.error) from writing.error
+            self._fail(writing.step, writing.error)
         blocked = writing.blocked_seconds + time.perf_counter() - begin
         self._saved.append(Saved(writing.step, writing.bytes, blocked, writing.seconds))
 
@@ -187,8 +194,8 @@ class RunCheckpoints:
         """Ends the writing. What `wait` would raise is only logged: call that first."""
         try:
             self._settle()
-        except UserError as error:
-            logger.warning("%s", error)
+        except Exception as error:
+            logger.warning("%s", _first_line(error))
         with contextlib.suppress(Exception):  # told above
             self._checkpointer.close()
 
@@ -227,6 +234,8 @@ class RunCheckpoints:
                 sync_folder(self.folder)
                 write_durably(self._last, f"{step}\n".encode())
             except OSError as error:
+                if not _is_of_disk(error):
+                    raise
                 raise UserError(error.strerror or str(error)) from error
             return whole.bytes
 
@@ -244,8 +253,11 @@ class RunCheckpoints:
             gone = (self.folder / str(step)).rename(self.folder / f"{step}{_DELETED}")
             shutil.rmtree(gone)
 
-    def _save_error(self, step: int, error: Exception) -> UserError:
-        return UserError(f"saving the checkpoint of step {step} to {self.folder} failed: {_first_line(error)}")
+    def _fail(self, step: int, error: Exception) -> NoReturn:
+        """In one line where a user must mend something; as it is otherwise, for another try may do."""
+        if isinstance(error, UserError) or _is_of_disk(error):
+            raise UserError(f"saving the checkpoint of step {step} to {self.folder} failed: {_first_line(error)}") from error
+        raise error
 
     # --------------------------------------------------------------------------------------------------------------------
     # Restoring
@@ -389,6 +401,13 @@ def _require_same_arrays(saved: dict[str, Any], target: dict[str, Any], folder: 
             raise UserError(
                 f"checkpoint {folder} does not fit: {path} is {have.dtype}{list(have.shape)} there, {want.dtype}{list(want.shape)} here"
             )
+
+
+def _is_of_disk(error: Exception) -> bool:
+    """Whether a disk is at fault; TensorStore tells it in the text of another exception."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in _DISK_ERRORS
+    return any(os.strerror(number) in str(error) for number in _DISK_ERRORS)
 
 
 def _first_line(error: Exception) -> str:

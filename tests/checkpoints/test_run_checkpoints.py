@@ -1,5 +1,7 @@
 import contextlib
+import errno
 import logging
+import os
 import resource
 import shutil
 import threading
@@ -293,6 +295,67 @@ def test_a_save_that_fails_in_the_background_is_told(tmp_path, files_of_at_most_
     with pytest.raises(UserError, match=r"saving the checkpoint of step 1 to .* failed: "):
         checkpoints.wait()
     assert checkpoints.newest_step() is None
+
+
+def text_of(number):
+    return f"FAILED_PRECONDITION: Error writing local file [OS error {number}: {os.strerror(number)}]"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        *(
+            OSError(number, os.strerror(number))
+            for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOENT)
+        ),
+        ValueError(text_of(errno.ENOSPC)),
+        ValueError(text_of(errno.EDQUOT)),
+    ],
+)
+def test_what_a_user_must_mend_is_a_line(tmp_path, monkeypatch, error):
+    """As the operating system says it, or TensorStore."""
+    checkpoints = opened(tmp_path)
+    monkeypatch.setattr(manifest, "sum_files", raising(error))  # called in the background
+    checkpoints.save(1, state_of(1), {}, {})
+    with pytest.raises(
+        UserError, match=r"saving the checkpoint of step 1 to .* failed: .*(space|quota|Read-only|denied|No such)"
+    ):
+        checkpoints.wait()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        TimeoutError("Timed out while waiting for async_write_complete barrier."),
+        jax.errors.JaxRuntimeError("UNAVAILABLE: Task process 1 is dead"),
+        OSError(errno.EINTR, os.strerror(errno.EINTR)),
+        ValueError("a programming error"),
+    ],
+)
+def test_what_may_pass_by_itself_is_raised_as_it_is(tmp_path, monkeypatch, error):
+    """A peer that dies in the last wait: a UserError would end the job with the status that no cluster tries again."""
+    checkpoints = opened(tmp_path)
+    monkeypatch.setattr(manifest, "sum_files", raising(error))  # called in the background
+    checkpoints.save(1, state_of(1), {}, {})
+    with pytest.raises(type(error)) as raised:
+        checkpoints.wait()
+    assert raised.value is error
+
+
+def raising(error):
+    def fail(*_, **__):
+        raise error
+
+    return fail
+
+
+def test_a_slow_save_has_this_modules_time_and_not_the_twenty_minutes_of_orbax(tmp_path, monkeypatch):
+    made, original = [], run_checkpoints.ocp.AsyncCheckpointer
+    monkeypatch.setattr(
+        run_checkpoints.ocp, "AsyncCheckpointer", lambda *args, **kwargs: made.append(kwargs) or original(*args, **kwargs)
+    )
+    opened(tmp_path)
+    assert made == [{"timeout_secs": run_checkpoints._LIMIT_SECONDS}]
 
 
 def slow_disk(monkeypatch):
