@@ -22,7 +22,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -107,9 +107,7 @@ class RunCheckpoints:
     def _clear(self) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for path in list(self.folder.iterdir()):
-                if path.is_dir() and _LEFTOVER.fullmatch(path.name):
-                    shutil.rmtree(path)
+            self._delete(_LEFTOVER)
         except OSError as error:
             raise UserError(f"cannot write checkpoints to {self.folder}: {error.strerror}") from error
 
@@ -209,7 +207,10 @@ class RunCheckpoints:
         )
 
     def _require_room(self, step: int, needed: int) -> None:
-        free = shutil.disk_usage(self.folder).free
+        try:
+            free = shutil.disk_usage(self.folder).free
+        except OSError as error:
+            self._fail(step, error)
         if free < needed:
             raise UserError(
                 f"no room for the checkpoint of step {step}: it needs {needed:,} bytes and {self.folder} has {free:,}"
@@ -242,16 +243,27 @@ class RunCheckpoints:
         return processes.from_first(f"the checkpoint of step {step}", publish, limit_seconds=_LIMIT_SECONDS)
 
     def _delete_superfluous(self, saved: int) -> None:
-        """Never the one that has just been saved, nor what only looks like a checkpoint: that is not this run's to delete."""
-        known = {}
-        for step in self._steps():
-            with contextlib.suppress(Damaged):
-                found = manifest.read_manifest(self.folder / str(step))
-                if found.step == step <= saved:
-                    known[step] = found.values
-        for step in superfluous(self._config, known):
-            gone = (self.folder / str(step)).rename(self.folder / f"{step}{_DELETED}")
-            shutil.rmtree(gone)
+        """Never the one that has just been saved, nor what only looks like a checkpoint: that is not this run's to delete.
+
+        What cannot be deleted stays, and is told: the one that has just been saved is safe.
+        """
+        with _only_told(self.folder):
+            known = {}
+            for step in self._steps():
+                with contextlib.suppress(Damaged):
+                    found = manifest.read_manifest(self.folder / str(step))
+                    if found.step == step <= saved:
+                        known[step] = found.values
+            for step in superfluous(self._config, known):
+                with _only_told(folder := self.folder / str(step)):
+                    folder.rename(folder.with_name(f"{step}{_DELETED}"))
+            self._delete(re.compile(rf"\d+{_DELETED}"))  # and those that could not go before
+
+    def _delete(self, pattern: re.Pattern[str]) -> None:
+        for path in list(self.folder.iterdir()):
+            if path.is_dir() and pattern.fullmatch(path.name):
+                with _only_told(path):
+                    shutil.rmtree(path)
 
     def _fail(self, step: int, error: Exception) -> NoReturn:
         """In one line where a user must mend something; as it is otherwise, for another try may do."""
@@ -401,6 +413,14 @@ def _require_same_arrays(saved: dict[str, Any], target: dict[str, Any], folder: 
             raise UserError(
                 f"checkpoint {folder} does not fit: {path} is {have.dtype}{list(have.shape)} there, {want.dtype}{list(want.shape)} here"
             )
+
+
+@contextlib.contextmanager
+def _only_told(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        logger.warning("cannot delete what is superfluous, %s: %s", folder, error.strerror or error)
 
 
 def _is_of_disk(error: Exception) -> bool:

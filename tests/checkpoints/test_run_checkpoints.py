@@ -232,6 +232,24 @@ def test_old_ones_go_only_when_the_new_one_counts(tmp_path, monkeypatch):
     assert names(tmp_path) == ["1"]
 
 
+def test_what_cannot_be_deleted_is_only_told_and_goes_later(tmp_path, monkeypatch, caplog):
+    """The checkpoint that pushed it out is safe: training goes on."""
+    folder_with(tmp_path, [1], keep=1)
+    checkpoints, original = opened(tmp_path, keep=1), shutil.rmtree
+    monkeypatch.setattr(run_checkpoints.shutil, "rmtree", raising(OSError(errno.EBUSY, "Device or resource busy")))
+    checkpoints.save(2, state_of(2), {}, {})
+    with caplog.at_level(logging.WARNING):
+        (saved,) = checkpoints.wait()
+    assert saved.step == 2 and names(tmp_path) == ["1.deleted", "2"]
+    assert f"cannot delete what is superfluous, {tmp_path / '1.deleted'}: Device or resource busy" in caplog.text
+    assert opened(tmp_path, keep=1).newest_step() == 2
+    monkeypatch.setattr(run_checkpoints.shutil, "rmtree", original)
+    (tmp_path / "mine.deleted").mkdir()
+    checkpoints.save(3, state_of(3), {}, {})
+    checkpoints.wait()
+    assert names(tmp_path) == ["3", "mine.deleted"]
+
+
 def test_what_only_looks_newer_pushes_no_checkpoint_out(tmp_path):
     folder_with(tmp_path, [1], keep=1)
     checkpoints = opened(tmp_path, keep=1)
@@ -277,6 +295,14 @@ def test_a_full_disk_is_noticed_before_the_save(tmp_path, monkeypatch):
     checkpoints = opened(tmp_path, keep=1)
     monkeypatch.setattr(run_checkpoints.shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
     with pytest.raises(UserError, match=r"no room for the checkpoint of step 1: it needs 32 bytes and .* has 10"):
+        checkpoints.save(1, state_of(1), {}, {})
+
+
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.ESTALE, errno.EIO])
+def test_a_folder_that_is_gone_before_a_save_is_a_line(tmp_path, monkeypatch, number):
+    checkpoints = opened(tmp_path)
+    monkeypatch.setattr(run_checkpoints.shutil, "disk_usage", raising(OSError(number, os.strerror(number))))
+    with pytest.raises(UserError, match=rf"saving the checkpoint of step 1 to {tmp_path} failed: .*{os.strerror(number)}"):
         checkpoints.save(1, state_of(1), {}, {})
 
 
