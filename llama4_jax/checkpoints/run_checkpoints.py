@@ -5,7 +5,7 @@ training steps, in this order, so that a folder whose name is a number is whole 
 
     12.saving...    Orbax writes its files here
     12.saving       all of them are there; each process reads back what it wrote and sums it up
-    12.saving       + manifest.json, on the disk
+    12.saving       + manifest.json, on the disk, and so are the lines of metrics.jsonl that the checkpoint promises
     12              it counts; only now others are deleted: 4 becomes 4.deleted, then nothing
 
 Before a checkpoint is believed, every byte is compared with its manifest. One that is not what was written becomes
@@ -87,9 +87,17 @@ class Saved:
 class RunCheckpoints:
     """The checkpoints of one run, in one folder. Of several processes all make the same calls in the same order."""
 
-    def __init__(self, folder: Path, config: CheckpointConfig):
-        """Opens the folder and clears what an interrupted save or deletion left. Raises UserError when it cannot be written."""
-        self.folder, self._config = Path(folder).absolute(), config
+    def __init__(self, folder: Path, config: CheckpointConfig, *, before_counting: Callable[[], None] = lambda: None):
+        """Opens the folder and clears what an interrupted save or deletion left.
+
+        Args:
+            before_counting: called on the first process, in the background, when a checkpoint is written and does not count yet.
+                An OSError of it is one of the save.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
+        self.folder, self._config, self._before_counting = Path(folder).absolute(), config, before_counting
         self._last = self.folder.with_name(f"{self.folder.name}.newest")
         processes.from_first("the folder of checkpoints", self._clear, limit_seconds=_LIMIT_SECONDS)
         self._writing: _Writing | None = None
@@ -231,6 +239,7 @@ class RunCheckpoints:
             try:
                 manifest.require_nothing_else(folder, whole)
                 manifest.write_manifest(folder, whole)
+                self._before_counting()
                 folder.rename(self.folder / str(step))
                 sync_folder(self.folder)
                 write_durably(self._last, f"{step}\n".encode())

@@ -1,8 +1,10 @@
 """The folder of one run: experiment.json, metrics.jsonl, checkpoints/, and what is drawn from them."""
 
+import contextlib
 import dataclasses
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +126,11 @@ class WorkDirectory:
                 file.write(json.dumps(record) + "\n")
         except OSError as error:
             raise UserError(f"cannot write {self.metrics_file}: {error.strerror}") from error
+
+    def sync_metrics(self) -> None:
+        """What was appended survives the machine's stop from here on. Raises OSError."""
+        with contextlib.suppress(FileNotFoundError), self.metrics_file.open("rb") as file:
+            os.fsync(file.fileno())
 
 
 def require_same_experiment(saved: dict[str, Any], settings: dict[str, Any], folder: Path) -> None:

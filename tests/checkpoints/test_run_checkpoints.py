@@ -250,6 +250,24 @@ def test_what_cannot_be_deleted_is_only_told_and_goes_later(tmp_path, monkeypatc
     assert names(tmp_path) == ["3", "mine.deleted"]
 
 
+def test_what_a_checkpoint_promises_is_done_before_it_counts(tmp_path):
+    """And where it cannot be, none counts."""
+    seen = []
+
+    def before_counting():
+        seen.append(names(tmp_path))
+        if len(seen) == 2:
+            raise OSError(errno.EIO, "Input/output error")
+
+    checkpoints = RunCheckpoints(tmp_path, CheckpointConfig(), before_counting=before_counting)
+    checkpoints.save(1, state_of(1), {}, {})
+    checkpoints.wait()
+    checkpoints.save(2, state_of(2), {}, {})
+    with pytest.raises(UserError, match=r"step 2 to .* failed: Input/output error"):
+        checkpoints.wait()
+    assert seen == [["1.saving"], ["1", "2.saving"]] and checkpoints.newest_step() == 1
+
+
 def test_what_only_looks_newer_pushes_no_checkpoint_out(tmp_path):
     folder_with(tmp_path, [1], keep=1)
     checkpoints = opened(tmp_path, keep=1)

@@ -130,6 +130,15 @@ def test_what_is_written_whole_is_on_the_disk(tmp_path, monkeypatch):
     assert synced == {str(tmp_path / name) for name in ("experiment.json.tmp", "metrics.jsonl.tmp", ".")}
 
 
+def test_lines_are_on_the_disk_when_that_is_asked(tmp_path, monkeypatch):
+    run, synced, fsync = WorkDirectory(tmp_path, experiment()), [], os.fsync
+    run.sync_metrics()  # there is nothing yet
+    run.append_metrics({"step": 1})
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.readlink(f"/proc/self/fd/{file}")) or fsync(file))
+    run.sync_metrics()
+    assert synced == [str(run.metrics_file)]
+
+
 def test_metrics_that_cannot_be_cut_are_a_line(tmp_path, monkeypatch):
     run = WorkDirectory(tmp_path, experiment())
     run.append_metrics({"step": 1})
