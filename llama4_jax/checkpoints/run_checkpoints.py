@@ -16,6 +16,7 @@ step was saved last, so that a folder that is suddenly empty, such as a disk tha
 import contextlib
 import dataclasses
 import errno
+import io
 import logging
 import os
 import re
@@ -87,10 +88,18 @@ class Saved:
 class RunCheckpoints:
     """The checkpoints of one run, in one folder. Of several processes all make the same calls in the same order."""
 
-    def __init__(self, folder: Path, config: CheckpointConfig, *, before_counting: Callable[[], None] = lambda: None):
+    def __init__(
+        self,
+        folder: Path,
+        config: CheckpointConfig,
+        *,
+        read_only: bool = False,
+        before_counting: Callable[[], None] = lambda: None,
+    ):
         """Opens the folder and clears what an interrupted save or deletion left.
 
         Args:
+            read_only: nothing is cleared, set aside or saved, for the folder may be that of a run that is training.
             before_counting: called on the first process, in the background, when a checkpoint is written and does not count yet.
                 An OSError of it is one of the save.
 
@@ -98,8 +107,10 @@ class RunCheckpoints:
             UserError: the folder cannot be written.
         """
         self.folder, self._config, self._before_counting = Path(folder).absolute(), config, before_counting
+        self._read_only = read_only
         self._last = self.folder.with_name(f"{self.folder.name}.newest")
-        processes.from_first("the folder of checkpoints", self._clear, limit_seconds=_LIMIT_SECONDS)
+        if not read_only:
+            processes.from_first("the folder of checkpoints", self._clear, limit_seconds=_LIMIT_SECONDS)
         self._writing: _Writing | None = None
         self._saved: list[Saved] = []  # not asked for yet
         self._whole: int | None = None  # the step that was verified, until it is restored
@@ -144,6 +155,8 @@ class RunCheckpoints:
             UserError: the disk has no room or refuses, now or in an earlier save, or `values` lack the one that says which is
                 best. What else an earlier save met with is raised as it is.
         """
+        if self._read_only:
+            raise io.UnsupportedOperation("these checkpoints were opened for reading")
         require_known_value(self._config, values or {})
         if may_skip and self._is_busy():
             if processes.is_first():
@@ -286,7 +299,7 @@ class RunCheckpoints:
     def newest_step(self, *, below: int | None = None) -> int | None:
         """The newest step (below that one) whose checkpoint is whole, every byte of it, or None when the folder never held one.
 
-        Newer ones that are not are set aside under another name, each with a warning.
+        Newer ones that are not are set aside under another name (not so where they were opened read-only), each with a warning.
 
         Raises:
             UserError: the folder held checkpoints, but none is whole.
@@ -370,13 +383,20 @@ class RunCheckpoints:
         )
 
     def _steps(self) -> list[int]:
-        return [int(path.name) for path in self.folder.iterdir() if path.is_dir() and re.fullmatch(r"\d+", path.name)]
+        return [int(path.name) for path in self._paths() if path.is_dir() and re.fullmatch(r"\d+", path.name)]
 
     def _aside(self) -> list[Path]:
-        return sorted(path for path in self.folder.iterdir() if _SET_ASIDE.fullmatch(path.name))
+        return sorted(path for path in self._paths() if _SET_ASIDE.fullmatch(path.name))
+
+    def _paths(self) -> list[Path]:
+        """What the folder holds; opened read-only there may be none."""
+        return [] if self._read_only and not self.folder.exists() else list(self.folder.iterdir())
 
     def _set_aside(self, step: int, damage: str) -> None:
         source = self.folder / str(step)
+        if self._read_only:
+            logger.warning("checkpoint %s is damaged, or was deleted meanwhile, and is passed over: %s", source, damage)
+            return
         target = next(path for n in range(1, 1_000_000) if not (path := self.folder / f"{step}.damaged-{n}").exists())
         try:
             source.rename(target)

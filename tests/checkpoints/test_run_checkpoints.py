@@ -1,5 +1,6 @@
 import contextlib
 import errno
+import io
 import logging
 import os
 import resource
@@ -101,6 +102,25 @@ def test_what_is_no_checkpoint_is_put_aside_and_leftovers_are_cleared(tmp_path, 
     checkpoints.save(3, state_of(3), {}, {})  # the names are free again
     checkpoints.wait()
     assert checkpoints.restore_newest(TARGET).step == 3
+
+
+def test_read_only_changes_nothing_and_finds_what_is_whole(tmp_path, caplog):
+    """A run that is training may be saving there: its 7.saving is no leftover."""
+    folder_with(tmp_path, [1, 2])
+    shutil.copytree(tmp_path / "2", tmp_path / "3")
+    shutil.copytree(tmp_path / "2", tmp_path / "7.saving")
+    (tmp_path / "0.deleted").mkdir()
+    before = names(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        checkpoints = RunCheckpoints(tmp_path, CheckpointConfig(), read_only=True)
+        assert checkpoints.restore_newest(TARGET).step == 2
+        assert checkpoints.restore_newest(TARGET, below=2).step == 1
+    assert names(tmp_path) == before and (tmp_path / "7.saving/manifest.json").exists()
+    assert f"checkpoint {tmp_path / '3'} is damaged, or was deleted meanwhile, and is passed over" in caplog.text
+    with pytest.raises(io.UnsupportedOperation):
+        checkpoints.save(8, state_of(8), {}, {})
+    assert RunCheckpoints(tmp_path / "none", CheckpointConfig(), read_only=True).newest_step() is None
+    assert not (tmp_path / "none").exists()
 
 
 def files(folder):

@@ -1,5 +1,6 @@
 """A step that is done again: the same bits, or the device that gave others."""
 
+import shutil
 from pathlib import Path
 
 import jax
@@ -40,6 +41,17 @@ def test_a_step_done_again_has_its_bits_and_leaves_the_run_as_it_is(run, experim
     assert replay.loss[0] == replay.loss[1] == replay.logged
     assert "all bits of the state after them agree" in str(replay)
     assert contents(run) == before
+
+
+def test_a_run_that_is_saving_and_a_damaged_checkpoint_are_left_as_they_are(run, experiment, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(run, workdir)
+    shutil.copytree(workdir / "checkpoints/5", workdir / "checkpoints/7.saving")
+    shutil.copytree(workdir / "checkpoints/5", workdir / "checkpoints/7")  # its manifest is of another step
+    before = contents(workdir)
+    replay = replay_step(experiment, workdir, 8, progress=False)
+    assert replay.start == 5 and replay.agrees
+    assert contents(workdir) == before
 
 
 def test_a_device_that_computes_wrongly_once_is_named(run, experiment, monkeypatch):
