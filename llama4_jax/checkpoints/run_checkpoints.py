@@ -5,7 +5,7 @@ training steps, in this order, so that a folder whose name is a number is whole 
 
     12.saving...    Orbax writes its files here
     12.saving       all of them are there; each process reads back what it wrote and sums it up
-    12.saving       + manifest.json, on the disk
+    12.saving       + manifest.json, on the disk, and so are the lines of metrics.jsonl that the checkpoint promises
     12              it counts; only now others are deleted: 4 becomes 4.deleted, then nothing
 
 Before a checkpoint is believed, every byte is compared with its manifest. One that is not what was written becomes
@@ -15,14 +15,17 @@ step was saved last, so that a folder that is suddenly empty, such as a disk tha
 
 import contextlib
 import dataclasses
+import errno
+import io
 import logging
+import os
 import re
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import orbax.checkpoint as ocp
@@ -43,6 +46,9 @@ _SAVING, _DELETED = ".saving", ".deleted"
 _LEFTOVER = re.compile(rf"\d+({_SAVING}|{_DELETED}|\.orbax-checkpoint-tmp).*")
 _SET_ASIDE = re.compile(r"\d+\.damaged-\d+")
 _LIMIT_SECONDS = 4 * 3600  # that a process waits for the others to write or read their part
+# What is wrong with a disk when a user must mend it. Any other error of a save, such as a peer that is gone, may pass by itself.
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
+_DISK_ERRORS += (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,11 +88,29 @@ class Saved:
 class RunCheckpoints:
     """The checkpoints of one run, in one folder. Of several processes all make the same calls in the same order."""
 
-    def __init__(self, folder: Path, config: CheckpointConfig):
-        """Opens the folder and clears what an interrupted save or deletion left. Raises UserError when it cannot be written."""
-        self.folder, self._config = Path(folder).absolute(), config
+    def __init__(
+        self,
+        folder: Path,
+        config: CheckpointConfig,
+        *,
+        read_only: bool = False,
+        before_counting: Callable[[], None] = lambda: None,
+    ):
+        """Opens the folder and clears what an interrupted save or deletion left.
+
+        Args:
+            read_only: nothing is cleared, set aside or saved, for the folder may be that of a run that is training.
+            before_counting: called on the first process, in the background, when a checkpoint is written and does not count yet.
+                An OSError of it is one of the save.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
+        self.folder, self._config, self._before_counting = Path(folder).absolute(), config, before_counting
+        self._read_only = read_only
         self._last = self.folder.with_name(f"{self.folder.name}.newest")
-        processes.from_first("the folder of checkpoints", self._clear, limit_seconds=_LIMIT_SECONDS)
+        if not read_only:
+            processes.from_first("the folder of checkpoints", self._clear, limit_seconds=_LIMIT_SECONDS)
         self._writing: _Writing | None = None
         self._saved: list[Saved] = []  # not asked for yet
         self._whole: int | None = None  # the step that was verified, until it is restored
@@ -95,15 +119,14 @@ class RunCheckpoints:
                 state=ocp.StandardCheckpointHandler(),
                 data=ocp.JsonCheckpointHandler(),
                 fingerprint=ocp.JsonCheckpointHandler(),
-            )
+            ),
+            timeout_secs=_LIMIT_SECONDS,
         )
 
     def _clear(self) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for path in list(self.folder.iterdir()):
-                if path.is_dir() and _LEFTOVER.fullmatch(path.name):
-                    shutil.rmtree(path)
+            self._delete(_LEFTOVER)
         except OSError as error:
             raise UserError(f"cannot write checkpoints to {self.folder}: {error.strerror}") from error
 
@@ -129,8 +152,11 @@ class RunCheckpoints:
         Returns whether it is being saved.
 
         Raises:
-            UserError: the disk has no room, an earlier save failed, or `values` lack the one that says which is best.
+            UserError: the disk has no room or refuses, now or in an earlier save, or `values` lack the one that says which is
+                best. What else an earlier save met with is raised as it is.
         """
+        if self._read_only:
+            raise io.UnsupportedOperation("these checkpoints were opened for reading")
         require_known_value(self._config, values or {})
         if may_skip and self._is_busy():
             if processes.is_first():
@@ -152,8 +178,8 @@ class RunCheckpoints:
         }
         try:
             self._checkpointer.save(self._saving(step), args=ocp.args.Composite(**items), force=True)
-        except (OSError, ValueError) as error:
-            raise self._save_error(step, error) from error
+        except Exception as error:
+            self._fail(step, error)
         self._writing = _Writing(
             step, begin, finish=lambda: self._finish(step, values or {}), tidy=lambda: self._delete_superfluous(step)
         )
@@ -161,14 +187,14 @@ class RunCheckpoints:
         return True
 
     def check(self) -> list[Saved]:
-        """The saves that have become durable since it was last asked. Raises UserError if one failed."""
+        """The saves that have become durable since it was last asked. Raises what `save` does when one failed."""
         if self._writing is not None and not self._writing.is_alive():
             self._settle()
         saved, self._saved = self._saved, []
         return saved
 
     def wait(self) -> list[Saved]:
-        """Returns what `check` does when the last save is durable. Raises UserError if it failed."""
+        """Returns what `check` does when the last save is durable. Raises what `save` does when it failed."""
         self._settle()
         return self.check()
 
@@ -179,7 +205,7 @@ class RunCheckpoints:
         self._writing.join()
         writing, self._writing = self._writing, None
         if writing.error is not None:
-            raise self._save_error(writing.step, writing.error) from writing.error
+            self._fail(writing.step, writing.error)
         blocked = writing.blocked_seconds + time.perf_counter() - begin
         self._saved.append(Saved(writing.step, writing.bytes, blocked, writing.seconds))
 
@@ -187,8 +213,8 @@ class RunCheckpoints:
         """Ends the writing. What `wait` would raise is only logged: call that first."""
         try:
             self._settle()
-        except UserError as error:
-            logger.warning("%s", error)
+        except Exception as error:
+            logger.warning("%s", _first_line(error))
         with contextlib.suppress(Exception):  # told above
             self._checkpointer.close()
 
@@ -202,7 +228,10 @@ class RunCheckpoints:
         )
 
     def _require_room(self, step: int, needed: int) -> None:
-        free = shutil.disk_usage(self.folder).free
+        try:
+            free = shutil.disk_usage(self.folder).free
+        except OSError as error:
+            self._fail(step, error)
         if free < needed:
             raise UserError(
                 f"no room for the checkpoint of step {step}: it needs {needed:,} bytes and {self.folder} has {free:,}"
@@ -223,29 +252,46 @@ class RunCheckpoints:
             try:
                 manifest.require_nothing_else(folder, whole)
                 manifest.write_manifest(folder, whole)
+                self._before_counting()
                 folder.rename(self.folder / str(step))
                 sync_folder(self.folder)
                 write_durably(self._last, f"{step}\n".encode())
             except OSError as error:
+                if not _is_of_disk(error):
+                    raise
                 raise UserError(error.strerror or str(error)) from error
             return whole.bytes
 
         return processes.from_first(f"the checkpoint of step {step}", publish, limit_seconds=_LIMIT_SECONDS)
 
     def _delete_superfluous(self, saved: int) -> None:
-        """Never the one that has just been saved, nor what only looks like a checkpoint: that is not this run's to delete."""
-        known = {}
-        for step in self._steps():
-            with contextlib.suppress(Damaged):
-                found = manifest.read_manifest(self.folder / str(step))
-                if found.step == step <= saved:
-                    known[step] = found.values
-        for step in superfluous(self._config, known):
-            gone = (self.folder / str(step)).rename(self.folder / f"{step}{_DELETED}")
-            shutil.rmtree(gone)
+        """Never the one that has just been saved, nor what only looks like a checkpoint: that is not this run's to delete.
 
-    def _save_error(self, step: int, error: Exception) -> UserError:
-        return UserError(f"saving the checkpoint of step {step} to {self.folder} failed: {_first_line(error)}")
+        What cannot be deleted stays, and is told: the one that has just been saved is safe.
+        """
+        with _only_told(self.folder):
+            known = {}
+            for step in self._steps():
+                with contextlib.suppress(Damaged):
+                    found = manifest.read_manifest(self.folder / str(step))
+                    if found.step == step <= saved:
+                        known[step] = found.values
+            for step in superfluous(self._config, known):
+                with _only_told(folder := self.folder / str(step)):
+                    folder.rename(folder.with_name(f"{step}{_DELETED}"))
+            self._delete(re.compile(rf"\d+{_DELETED}"))  # and those that could not go before
+
+    def _delete(self, pattern: re.Pattern[str]) -> None:
+        for path in list(self.folder.iterdir()):
+            if path.is_dir() and pattern.fullmatch(path.name):
+                with _only_told(path):
+                    shutil.rmtree(path)
+
+    def _fail(self, step: int, error: Exception) -> NoReturn:
+        """In one line where a user must mend something; as it is otherwise, for another try may do."""
+        if isinstance(error, UserError) or _is_of_disk(error):
+            raise UserError(f"saving the checkpoint of step {step} to {self.folder} failed: {_first_line(error)}") from error
+        raise error
 
     # --------------------------------------------------------------------------------------------------------------------
     # Restoring
@@ -253,7 +299,7 @@ class RunCheckpoints:
     def newest_step(self, *, below: int | None = None) -> int | None:
         """The newest step (below that one) whose checkpoint is whole, every byte of it, or None when the folder never held one.
 
-        Newer ones that are not are set aside under another name, each with a warning.
+        Newer ones that are not are set aside under another name (not so where they were opened read-only), each with a warning.
 
         Raises:
             UserError: the folder held checkpoints, but none is whole.
@@ -341,13 +387,20 @@ class RunCheckpoints:
         )
 
     def _steps(self) -> list[int]:
-        return [int(path.name) for path in self.folder.iterdir() if path.is_dir() and re.fullmatch(r"\d+", path.name)]
+        return [int(path.name) for path in self._paths() if path.is_dir() and re.fullmatch(r"\d+", path.name)]
 
     def _aside(self) -> list[Path]:
-        return sorted(path for path in self.folder.iterdir() if _SET_ASIDE.fullmatch(path.name))
+        return sorted(path for path in self._paths() if _SET_ASIDE.fullmatch(path.name))
+
+    def _paths(self) -> list[Path]:
+        """What the folder holds; opened read-only there may be none."""
+        return [] if self._read_only and not self.folder.exists() else list(self.folder.iterdir())
 
     def _set_aside(self, step: int, damage: str) -> None:
         source = self.folder / str(step)
+        if self._read_only:
+            logger.warning("checkpoint %s is damaged, or was deleted meanwhile, and is passed over: %s", source, damage)
+            return
         target = next(path for n in range(1, 1_000_000) if not (path := self.folder / f"{step}.damaged-{n}").exists())
         try:
             source.rename(target)
@@ -393,6 +446,21 @@ def _require_same_arrays(saved: dict[str, Any], target: dict[str, Any], folder: 
             raise UserError(
                 f"checkpoint {folder} does not fit: {path} is {have.dtype}{list(have.shape)} there, {want.dtype}{list(want.shape)} here"
             )
+
+
+@contextlib.contextmanager
+def _only_told(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        logger.warning("cannot delete what is superfluous, %s: %s", folder, error.strerror or error)
+
+
+def _is_of_disk(error: Exception) -> bool:
+    """Whether a disk is at fault; TensorStore tells it in the text of another exception."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in _DISK_ERRORS
+    return any(os.strerror(number) in str(error) for number in _DISK_ERRORS)
 
 
 def _first_line(error: Exception) -> str:

@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -271,6 +272,7 @@ class _Workers:
                 try:
                     note(future.result())
                 except concurrent.futures.process.BrokenProcessPool:
+                    time.sleep(0.5)  # Ctrl-C ends the workers too, and should be told as what it is
                     raise UserError(
                         "a process that tokenised was killed, perhaps for memory: start again to go on, with fewer --processes"
                     ) from None

@@ -87,7 +87,7 @@ def train(
 @contextlib.contextmanager
 def _opened(run: WorkDirectory, experiment: Experiment) -> Iterator[RunCheckpoints]:
     """The run's checkpoints. After an exception of one process of several nothing is waited for: the others shall hear of it."""
-    checkpoints = RunCheckpoints(run.checkpoints, experiment.checkpoint)
+    checkpoints = RunCheckpoints(run.checkpoints, experiment.checkpoint, before_counting=run.sync_metrics)
     try:
         yield checkpoints
     except BaseException:

@@ -77,7 +77,8 @@ def replay_step(experiment: Experiment, workdir: str | Path, step: int, *, progr
         raise UserError(f"--replay_step={step} must lie between 1 and the run's {experiment.steps} steps")
     mesh = make_mesh(experiment.mesh)
     run = WorkDirectory(workdir, experiment)
-    with contextlib.closing(RunCheckpoints(run.checkpoints, experiment.checkpoint)) as checkpoints, use_mesh(mesh):
+    opened = RunCheckpoints(run.checkpoints, experiment.checkpoint, read_only=True)  # the run may be going on meanwhile
+    with contextlib.closing(opened) as checkpoints, use_mesh(mesh):
         trainer = Trainer(experiment, run, mesh, show=progress and processes.is_first())
         replicas = Replicas(mesh, trainer.state_shape)
         train_step, values, sums = None, [], []

@@ -1,14 +1,19 @@
 """The folder of one run: experiment.json, metrics.jsonl, checkpoints/, and what is drawn from them."""
 
+import contextlib
 import dataclasses
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
 
+from llama4_jax.checkpoints.partial_folder import write_durably
 from llama4_jax.config import DataConfig, Experiment, ModelConfig
 from llama4_jax.errors import UserError
 from llama4_jax.parallel import processes
+
+logger = logging.getLogger(__name__)
 
 # Fields that may differ between two sittings of one run. They change when things happen or where, not what is trained.
 # (Another number of steps moves the end of the learning rate's decay.)
@@ -79,23 +84,38 @@ class WorkDirectory:
             raise UserError(f"cannot read {path}: {error}; choose another --workdir") from error
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl. A last line that was cut short is left out."""
-        if not self.metrics_file.exists():
-            return []
-        records = []
-        for line in self.metrics_file.read_text().splitlines():
-            try:
-                records.append(json.loads(line))
-            except ValueError:
-                break
+        """The lines of metrics.jsonl. A last line that was cut short is left out, and so is, with a warning, any that is damaged."""
+        records, damaged = _decoded(self._metrics())
+        if damaged and processes.is_first():
+            logger.warning("%s: %s cannot be read and is left out", self.metrics_file, _lines(damaged))
         return records
 
     def forget_metrics_after(self, step: int) -> None:
-        """Drops the lines of steps that will be run again."""
+        """Drops the lines of steps that will be run again. Where a line is damaged, all of it stays in metrics.jsonl.damaged.
+
+        Raises UserError when the disk refuses it.
+        """
         if not processes.is_first():
             return
-        kept = [record for record in self.read_metrics() if record["step"] <= step]
-        write_whole(self.metrics_file, "".join(json.dumps(record) + "\n" for record in kept))
+        content = self._metrics()
+        records, damaged = _decoded(content)
+        try:
+            if damaged:
+                aside = self.metrics_file.with_name(f"{self.metrics_file.name}.damaged")
+                write_durably(aside, (aside.read_bytes() if aside.exists() else b"") + content)
+                logger.warning(
+                    "%s: %s cannot be read and goes; %s holds the file as it was", self.metrics_file, _lines(damaged), aside
+                )
+            kept = [record for record in records if record["step"] <= step]
+            write_whole(self.metrics_file, "".join(json.dumps(record) + "\n" for record in kept))
+        except OSError as error:
+            raise UserError(f"cannot write {self.metrics_file}: {error.strerror}") from error
+
+    def _metrics(self) -> bytes:
+        try:
+            return self.metrics_file.read_bytes()
+        except FileNotFoundError:
+            return b""
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         """Adds a line. Raises UserError when the disk refuses it."""
@@ -106,6 +126,11 @@ class WorkDirectory:
                 file.write(json.dumps(record) + "\n")
         except OSError as error:
             raise UserError(f"cannot write {self.metrics_file}: {error.strerror}") from error
+
+    def sync_metrics(self) -> None:
+        """What was appended survives the machine's stop from here on. Raises OSError."""
+        with contextlib.suppress(FileNotFoundError), self.metrics_file.open("rb") as file:
+            os.fsync(file.fileno())
 
 
 def require_same_experiment(saved: dict[str, Any], settings: dict[str, Any], folder: Path) -> None:
@@ -129,8 +154,23 @@ def require_same_experiment(saved: dict[str, Any], settings: dict[str, Any], fol
         raise UserError(f"work directory {folder} belongs to another experiment: {shown}. Choose another --workdir")
 
 
+def _decoded(content: bytes) -> tuple[list[dict[str, Any]], list[int]]:
+    """The records, and the numbers of the lines that are none."""
+    lines, records, damaged = content.split(b"\n"), [], []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line.decode())
+            records.append(record | {"step": int(record["step"])})
+        except (ValueError, TypeError, KeyError, RecursionError):
+            if number < len(lines):  # the last is empty, or was being written when the machine stopped
+                damaged.append(number)
+    return records, damaged
+
+
+def _lines(numbers: list[int]) -> str:
+    return f"line {', '.join(map(str, numbers[:10]))}{' and others' if len(numbers) > 10 else ''}"
+
+
 def write_whole(path: Path, text: str) -> None:
-    """A reader sees the old file or the new one, never a part."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    """A reader sees the old file or the new one, never a part, also after the machine has stopped."""
+    write_durably(path, text.encode())

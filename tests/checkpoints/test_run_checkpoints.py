@@ -1,5 +1,8 @@
 import contextlib
+import errno
+import io
 import logging
+import os
 import resource
 import shutil
 import threading
@@ -99,6 +102,25 @@ def test_what_is_no_checkpoint_is_put_aside_and_leftovers_are_cleared(tmp_path, 
     checkpoints.save(3, state_of(3), {}, {})  # the names are free again
     checkpoints.wait()
     assert checkpoints.restore_newest(TARGET).step == 3
+
+
+def test_read_only_changes_nothing_and_finds_what_is_whole(tmp_path, caplog):
+    """A run that is training may be saving there: its 7.saving is no leftover."""
+    folder_with(tmp_path, [1, 2])
+    shutil.copytree(tmp_path / "2", tmp_path / "3")
+    shutil.copytree(tmp_path / "2", tmp_path / "7.saving")
+    (tmp_path / "0.deleted").mkdir()
+    before = names(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        checkpoints = RunCheckpoints(tmp_path, CheckpointConfig(), read_only=True)
+        assert checkpoints.restore_newest(TARGET).step == 2
+        assert checkpoints.restore_newest(TARGET, below=2).step == 1
+    assert names(tmp_path) == before and (tmp_path / "7.saving/manifest.json").exists()
+    assert f"checkpoint {tmp_path / '3'} is damaged, or was deleted meanwhile, and is passed over" in caplog.text
+    with pytest.raises(io.UnsupportedOperation):
+        checkpoints.save(8, state_of(8), {}, {})
+    assert RunCheckpoints(tmp_path / "none", CheckpointConfig(), read_only=True).newest_step() is None
+    assert not (tmp_path / "none").exists()
 
 
 def files(folder):
@@ -230,6 +252,42 @@ def test_old_ones_go_only_when_the_new_one_counts(tmp_path, monkeypatch):
     assert names(tmp_path) == ["1"]
 
 
+def test_what_cannot_be_deleted_is_only_told_and_goes_later(tmp_path, monkeypatch, caplog):
+    """The checkpoint that pushed it out is safe: training goes on."""
+    folder_with(tmp_path, [1], keep=1)
+    checkpoints, original = opened(tmp_path, keep=1), shutil.rmtree
+    monkeypatch.setattr(run_checkpoints.shutil, "rmtree", raising(OSError(errno.EBUSY, "Device or resource busy")))
+    checkpoints.save(2, state_of(2), {}, {})
+    with caplog.at_level(logging.WARNING):
+        (saved,) = checkpoints.wait()
+    assert saved.step == 2 and names(tmp_path) == ["1.deleted", "2"]
+    assert f"cannot delete what is superfluous, {tmp_path / '1.deleted'}: Device or resource busy" in caplog.text
+    assert opened(tmp_path, keep=1).newest_step() == 2
+    monkeypatch.setattr(run_checkpoints.shutil, "rmtree", original)
+    (tmp_path / "mine.deleted").mkdir()
+    checkpoints.save(3, state_of(3), {}, {})
+    checkpoints.wait()
+    assert names(tmp_path) == ["3", "mine.deleted"]
+
+
+def test_what_a_checkpoint_promises_is_done_before_it_counts(tmp_path):
+    """And where it cannot be, none counts."""
+    seen = []
+
+    def before_counting():
+        seen.append(names(tmp_path))
+        if len(seen) == 2:
+            raise OSError(errno.EIO, "Input/output error")
+
+    checkpoints = RunCheckpoints(tmp_path, CheckpointConfig(), before_counting=before_counting)
+    checkpoints.save(1, state_of(1), {}, {})
+    checkpoints.wait()
+    checkpoints.save(2, state_of(2), {}, {})
+    with pytest.raises(UserError, match=r"step 2 to .* failed: Input/output error"):
+        checkpoints.wait()
+    assert seen == [["1.saving"], ["1", "2.saving"]] and checkpoints.newest_step() == 1
+
+
 def test_what_only_looks_newer_pushes_no_checkpoint_out(tmp_path):
     folder_with(tmp_path, [1], keep=1)
     checkpoints = opened(tmp_path, keep=1)
@@ -278,6 +336,14 @@ def test_a_full_disk_is_noticed_before_the_save(tmp_path, monkeypatch):
         checkpoints.save(1, state_of(1), {}, {})
 
 
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.ESTALE, errno.EIO])
+def test_a_folder_that_is_gone_before_a_save_is_a_line(tmp_path, monkeypatch, number):
+    checkpoints = opened(tmp_path)
+    monkeypatch.setattr(run_checkpoints.shutil, "disk_usage", raising(OSError(number, os.strerror(number))))
+    with pytest.raises(UserError, match=rf"saving the checkpoint of step 1 to {tmp_path} failed: .*{os.strerror(number)}"):
+        checkpoints.save(1, state_of(1), {}, {})
+
+
 @pytest.fixture
 def files_of_at_most_a_megabyte():
     """Writing more fails, as on a full disk."""
@@ -293,6 +359,67 @@ def test_a_save_that_fails_in_the_background_is_told(tmp_path, files_of_at_most_
     with pytest.raises(UserError, match=r"saving the checkpoint of step 1 to .* failed: "):
         checkpoints.wait()
     assert checkpoints.newest_step() is None
+
+
+def text_of(number):
+    return f"FAILED_PRECONDITION: Error writing local file [OS error {number}: {os.strerror(number)}]"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        *(
+            OSError(number, os.strerror(number))
+            for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOENT)
+        ),
+        ValueError(text_of(errno.ENOSPC)),
+        ValueError(text_of(errno.EDQUOT)),
+    ],
+)
+def test_what_a_user_must_mend_is_a_line(tmp_path, monkeypatch, error):
+    """As the operating system says it, or TensorStore."""
+    checkpoints = opened(tmp_path)
+    monkeypatch.setattr(manifest, "sum_files", raising(error))  # called in the background
+    checkpoints.save(1, state_of(1), {}, {})
+    with pytest.raises(
+        UserError, match=r"saving the checkpoint of step 1 to .* failed: .*(space|quota|Read-only|denied|No such)"
+    ):
+        checkpoints.wait()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        TimeoutError("Timed out while waiting for async_write_complete barrier."),
+        jax.errors.JaxRuntimeError("UNAVAILABLE: Task process 1 is dead"),
+        OSError(errno.EINTR, os.strerror(errno.EINTR)),
+        ValueError("a programming error"),
+    ],
+)
+def test_what_may_pass_by_itself_is_raised_as_it_is(tmp_path, monkeypatch, error):
+    """A peer that dies in the last wait: a UserError would end the job with the status that no cluster tries again."""
+    checkpoints = opened(tmp_path)
+    monkeypatch.setattr(manifest, "sum_files", raising(error))  # called in the background
+    checkpoints.save(1, state_of(1), {}, {})
+    with pytest.raises(type(error)) as raised:
+        checkpoints.wait()
+    assert raised.value is error
+
+
+def raising(error):
+    def fail(*_, **__):
+        raise error
+
+    return fail
+
+
+def test_a_slow_save_has_this_modules_time_and_not_the_twenty_minutes_of_orbax(tmp_path, monkeypatch):
+    made, original = [], run_checkpoints.ocp.AsyncCheckpointer
+    monkeypatch.setattr(
+        run_checkpoints.ocp, "AsyncCheckpointer", lambda *args, **kwargs: made.append(kwargs) or original(*args, **kwargs)
+    )
+    opened(tmp_path)
+    assert made == [{"timeout_secs": run_checkpoints._LIMIT_SECONDS}]
 
 
 def slow_disk(monkeypatch):

@@ -16,8 +16,8 @@ LIMITS = {"watch__step_seconds": WATCHED_SECONDS, "watch__step_factor": 1.0}
 
 # What happens to one process of two at its ninth batch, and within how many seconds all others, and it itself, must have ended.
 PEERS: dict[str, tuple[Fault, float]] = {
-    "killed": (Fault("kill", BATCHES, call=9), 20),
-    "frozen": (Fault("freeze", BATCHES, call=9), 20),  # heartbeats of 15 s; the launcher ends the frozen one
+    "killed": (Fault("kill", BATCHES, call=9), 15),
+    "frozen": (Fault("freeze", BATCHES, call=9), 15),  # heartbeats of 15 s; the launcher ends the frozen one
     "stuck": (Fault("sleep", BATCHES, call=9, argument=FOREVER), WATCHED_SECONDS + 12),
     "raising": (Fault("raise", BATCHES, call=9), 15),
 }
@@ -46,6 +46,8 @@ def broken(bench: Bench, kind: str, victim: int) -> Row:
     row = Row(f"{kind} peer", 0, f"process {victim} of 2; {who} ended after {took:.1f} s")
     if took > limit:
         row.wrong.append(f"took {took:.0f} s, of {limit:.0f}")
+    if any(job.processes[i].poll() in (exit_codes.DONE, exit_codes.FAILED) for i in awaited):  # nobody would start it again
+        row.wrong.append(f"ended with {[process.poll() for process in job.processes]}")
     if kind in ("stuck", "raising") and job.processes[victim].poll() != exit_codes.RETRY:
         row.wrong.append(f"it ended with {job.processes[victim].poll()}")
     if kind == "stuck" and "has stood still in step" not in job.output(victim):

@@ -57,6 +57,7 @@ def test_a_model_without_a_bias_has_nothing_to_move():
     assert bias_balancing(ModelConfig(), ObjectiveConfig(), 10) is None
 
 
+@pytest.mark.slow
 def test_a_run_with_everything_on_resumes_to_the_same_bits_and_exports_once_annealed(tmp_path):
     """Bias, capacity, jitter and both losses; taken up again from step 4 of 6, between which the bias is annealed."""
     fixture = str(Path(__file__).parents[1] / "fixtures/tiny_experiment.py")

@@ -21,6 +21,7 @@ from llama4_jax.training.loop import train
 from llama4_jax.training.recorder import read_events
 from llama4_jax.training.sitting import Sitting
 from llama4_jax.training.watchdog import Watchdog
+from llama4_jax.training.work_directory import WorkDirectory
 
 FIXTURE = str(Path(__file__).parents[1] / "fixtures/tiny_experiment.py")
 TIMINGS = ("step_seconds", "tokens_per_second", "model_tflops_per_second", "mfu")
@@ -145,16 +146,18 @@ def test_a_signal_saves_between_checkpoints_and_the_run_goes_on(straight, tmp_pa
     assert lines_of(tmp_path) == lines_of(straight[0])
 
 
-def test_a_finished_run_is_left_alone_and_more_steps_go_on(straight, tmp_path, experiment):
+def test_a_finished_run_is_left_alone_and_more_steps_go_on(straight, tmp_path, experiment, monkeypatch):
     workdir = tmp_path / "copy"
     shutil.copytree(straight[0], workdir)
     before = {path: path.stat().st_mtime_ns for path in (workdir / "checkpoints").rglob("*")}
     result = train(experiment, workdir, progress=False)
     assert result.status == "already finished" and result.evaluations == straight[1].evaluations
     assert before == {path: path.stat().st_mtime_ns for path in (workdir / "checkpoints").rglob("*")}
-    experiment.steps = 11
+    experiment.steps, synced = 11, []
+    monkeypatch.setattr(WorkDirectory, "sync_metrics", lambda run: synced.append(lines_of(workdir)[-1]["step"]))
     assert train(experiment, workdir, progress=False).step == 11
     assert [r["step"] for r in lines_of(workdir) if "loss" in r] == list(range(1, 12))
+    assert synced == [11]  # of the one checkpoint that was made
 
 
 def test_lost_checkpoints_are_no_silent_start_from_scratch(straight, tmp_path, experiment):
@@ -247,6 +250,7 @@ def test_several_bad_batches_in_a_row_take_the_run_back_and_past_them(tmp_path, 
     assert_same_bits(result.state, expected.state)
 
 
+@pytest.mark.slow
 def test_a_signal_amid_steps_left_out_changes_nothing(tmp_path, experiment, monkeypatch):
     """Two of the three in a row are done: they are done again, and the run goes back to where it would have gone."""
     experiment.steps, experiment.evaluations = 12, {}

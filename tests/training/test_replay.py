@@ -1,5 +1,6 @@
 """A step that is done again: the same bits, or the device that gave others."""
 
+import shutil
 from pathlib import Path
 
 import jax
@@ -32,7 +33,9 @@ def contents(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("step, start", [(8, 5), (3, 0), (5, 0)])
+@pytest.mark.parametrize(
+    "step, start", [(8, 5), pytest.param(3, 0, marks=pytest.mark.slow), pytest.param(5, 0, marks=pytest.mark.slow)]
+)
 def test_a_step_done_again_has_its_bits_and_leaves_the_run_as_it_is(run, experiment, step, start):
     before = contents(run)
     replay = replay_step(experiment, run, step, progress=False)
@@ -40,6 +43,17 @@ def test_a_step_done_again_has_its_bits_and_leaves_the_run_as_it_is(run, experim
     assert replay.loss[0] == replay.loss[1] == replay.logged
     assert "all bits of the state after them agree" in str(replay)
     assert contents(run) == before
+
+
+def test_a_run_that_is_saving_and_a_damaged_checkpoint_are_left_as_they_are(run, experiment, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(run, workdir)
+    shutil.copytree(workdir / "checkpoints/5", workdir / "checkpoints/7.saving")
+    shutil.copytree(workdir / "checkpoints/5", workdir / "checkpoints/7")  # its manifest is of another step
+    before = contents(workdir)
+    replay = replay_step(experiment, workdir, 8, progress=False)
+    assert replay.start == 5 and replay.agrees
+    assert contents(workdir) == before
 
 
 def test_a_device_that_computes_wrongly_once_is_named(run, experiment, monkeypatch):

@@ -1,4 +1,6 @@
 import json
+import logging
+import os
 
 import pytest
 
@@ -85,6 +87,65 @@ def test_lines_after_a_step_are_forgotten_and_so_is_one_cut_short(tmp_path):
     assert [record["step"] for record in run.read_metrics()] == [1, 2, 2]
     run.append_metrics({"step": 3})
     assert [record["step"] for record in run.read_metrics()] == [1, 2, 2, 3]
+
+
+BAD_LINES = {
+    "no UTF-8": b'{"step": 2, "a": "\xff\xfe"}',
+    "cut": b'{"step": 2, "lo',
+    "zeros": bytes(40),
+    "no record": b"[1, 2]",
+    "no step": b'{"loss": 1.0}',
+    "deeply nested": b"[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("kind", BAD_LINES)
+def test_a_damaged_line_takes_no_other_with_it(tmp_path, caplog, kind):
+    """It is named, and the file as it was stays beside the one that is gone on with."""
+    run = WorkDirectory(tmp_path, experiment())
+    damaged = b'{"step": 1}\n' + BAD_LINES[kind] + b'\n{"step": 3}\n{"step": 4}\n{"step": 5, "x'
+    run.metrics_file.write_bytes(damaged)
+    with caplog.at_level(logging.WARNING):
+        assert [record["step"] for record in run.read_metrics()] == [1, 3, 4]
+    assert f"{run.metrics_file}: line 2 cannot be read" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        run.forget_metrics_after(3)
+    assert "line 2 cannot be read and goes; " in caplog.text and "metrics.jsonl.damaged holds" in caplog.text
+    caplog.clear()
+    assert [record["step"] for record in run.read_metrics()] == [1, 3] and not caplog.records
+    aside = tmp_path / "metrics.jsonl.damaged"
+    assert aside.read_bytes() == damaged
+    run.metrics_file.write_bytes(b"x\n")
+    run.forget_metrics_after(9)
+    assert aside.read_bytes() == damaged + b"x\n"  # what was there is not overwritten
+
+
+def test_what_is_written_whole_is_on_the_disk(tmp_path, monkeypatch):
+    """A rename of a file that is not there yet leaves an empty one when the machine stops."""
+    synced, fsync = set(), os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: synced.add(os.readlink(f"/proc/self/fd/{file}")) or fsync(file))
+    run = WorkDirectory(tmp_path, experiment())
+    run.forget_metrics_after(0)
+    assert synced == {str(tmp_path / name) for name in ("experiment.json.tmp", "metrics.jsonl.tmp", ".")}
+
+
+def test_lines_are_on_the_disk_when_that_is_asked(tmp_path, monkeypatch):
+    run, synced, fsync = WorkDirectory(tmp_path, experiment()), [], os.fsync
+    run.sync_metrics()  # there is nothing yet
+    run.append_metrics({"step": 1})
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.readlink(f"/proc/self/fd/{file}")) or fsync(file))
+    run.sync_metrics()
+    assert synced == [str(run.metrics_file)]
+
+
+def test_metrics_that_cannot_be_cut_are_a_line(tmp_path, monkeypatch):
+    run = WorkDirectory(tmp_path, experiment())
+    run.append_metrics({"step": 1})
+    (tmp_path / "metrics.jsonl.tmp").mkdir()
+    with pytest.raises(UserError, match=r"cannot write .*metrics\.jsonl: Is a directory"):
+        run.forget_metrics_after(0)
+    assert [record["step"] for record in run.read_metrics()] == [1]
 
 
 @pytest.mark.parametrize("prepare", [lambda path: path.write_text("a file"), lambda path: None])
