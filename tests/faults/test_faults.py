@@ -1,5 +1,6 @@
 """The short form of the fault suite: real runs, broken, end with the bits of unbroken ones. The long: python -m tests.faults"""
 
+import numpy as np
 import pytest
 
 from llama4_jax.checkpoints import manifest
@@ -43,6 +44,15 @@ def test_without_verification_the_flips_are_reported_as_wrong_results(bench, kil
 
 def test_no_flipped_bit_of_a_shard_becomes_another_token(bench):
     assert_right(data.shards(bench, 0, count=40), 40)
+
+
+def test_other_parameters_than_those_of_one_process_are_reported():
+    """Those that differ by the order of sums are not."""
+    its = {"['params/a']": np.linspace(1, 2, 50, dtype=np.float32), "['opt_state/a']": np.ones(3)}
+    assert not data.other_parameters(its | {"['params/a']": its["['params/a']"] * np.float32(1 + 1e-5)}, its)
+    for factor in (1.002, np.nan):
+        (line,) = data.other_parameters(its | {"['params/a']": its["['params/a']"] * factor}, its)
+        assert "params/a" in line
 
 
 @pytest.mark.slow
