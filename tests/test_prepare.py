@@ -73,12 +73,17 @@ def test_killed_interrupted_and_started_again_it_finishes_the_same_shards_and_le
 
     # Interrupted by Ctrl-C, which every process of a terminal hears, it says so and leaves no traceback.
     process = subprocess.Popen(
-        command(*arguments, f"--out={out}"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command(*arguments, f"--out={out}"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs inherit that it is ignored
     )
     wait_until(lambda: len(json.loads(manifest.read_text())["shards"]) > len(kept["shards"]))
     os.killpg(process.pid, signal.SIGINT)
     output, errors = process.communicate(timeout=120)
-    assert process.returncode == 42 and output == ""
+    assert process.returncode == 42 and output == "", errors
     assert "Traceback" not in errors and errors.endswith("finished shards are kept; run again to go on\n")
 
     again = run(*arguments, f"--out={out}")

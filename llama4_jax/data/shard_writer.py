@@ -12,7 +12,6 @@ import multiprocessing
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -272,7 +271,6 @@ class _Workers:
                 try:
                     note(future.result())
                 except concurrent.futures.process.BrokenProcessPool:
-                    time.sleep(0.5)  # Ctrl-C ends the workers too, and should be told as what it is
                     raise UserError(
                         "a process that tokenised was killed, perhaps for memory: start again to go on, with fewer --processes"
                     ) from None
@@ -280,7 +278,8 @@ class _Workers:
 
 def _start_worker() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends without a word: the parent speaks for all
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as a shell's background jobs have it
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends without a word: the parent speaks for all
     # A killed parent would leave its workers waiting for ever.
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
