@@ -48,7 +48,8 @@ def broken(bench: Bench, kind: str, victim: int) -> Row:
         row.wrong.append(f"took {took:.0f} s, of {limit:.0f}")
     if any(job.processes[i].poll() in (exit_codes.DONE, exit_codes.FAILED) for i in awaited):  # nobody would start it again
         row.wrong.append(f"ended with {[process.poll() for process in job.processes]}")
-    if kind in ("stuck", "raising") and job.processes[victim].poll() != exit_codes.RETRY:
+    # Its own word, or jax's abort when the other, whose watchdog saw the same, was the first to go.
+    if kind in ("stuck", "raising") and job.processes[victim].poll() not in (exit_codes.RETRY, -signal.SIGABRT):
         row.wrong.append(f"it ended with {job.processes[victim].poll()}")
     if kind == "stuck" and "has stood still in step" not in job.output(victim):
         row.wrong.append("it does not say where it stood")
