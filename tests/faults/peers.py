@@ -17,7 +17,7 @@ LIMITS = {"watch__step_seconds": WATCHED_SECONDS, "watch__step_factor": 1.0}
 # What happens to one process of two at its ninth batch, and within how many seconds all others, and it itself, must have ended.
 PEERS: dict[str, tuple[Fault, float]] = {
     "killed": (Fault("kill", BATCHES, call=9), 15),
-    "frozen": (Fault("freeze", BATCHES, call=9), 15),  # heartbeats of 15 s; the launcher ends the frozen one
+    "frozen": (Fault("freeze", BATCHES, call=9), 20),  # heartbeats of 15 s; the launcher ends the frozen one
     "stuck": (Fault("sleep", BATCHES, call=9, argument=FOREVER), WATCHED_SECONDS + 12),
     "raising": (Fault("raise", BATCHES, call=9), 15),
 }
