@@ -34,10 +34,10 @@ def project(
     mesh = gathering_mesh(*x.shape[:2]) if x.ndim == 2 + in_axes else None
     precision = jax.config.jax_default_matmul_precision  # of now: the gradient is traced elsewhere
 
-    def product(x, weight):
-        return float32_product(x, weight) if matmul == "float32" else _product(x, weight, in_axes, precision)
+    def in_its_dtype(x, weight):
+        return _product(x, weight, in_axes, precision)
 
-    weight = weight if matmul == "float32" else weight.astype(x.dtype)
+    product, weight = (float32_product, weight) if matmul == "float32" else (in_its_dtype, weight.astype(x.dtype))
     return product(x, weight) if mesh is None else product_with_gathered(product, mesh, x, weight, axes, in_axes)
 
 

@@ -29,7 +29,7 @@ class Row:
         return self.survived != "NO" and not self.wrong
 
 
-FOLDED = 20  # right rows of one fault, seed and end: more of them than this are one line
+FOLDED = 50  # right rows of one fault, seed and end: more of them than this are one line
 
 
 def table(rows: Iterable[Row]) -> str:
