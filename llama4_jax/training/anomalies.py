@@ -110,17 +110,17 @@ class Rollbacks:
         return before is not None and before.get("sound") == step == sound
 
     def add(self, *, to: int, sound: int, skipped: list[str], data: dict[str, Any]) -> None:
-        """Notes that the run goes back `to` a step, for the steps that were `skipped` after the last `sound` one, and on with
-        other data. What it noted of steps behind `to` is void: the run comes to them on other data.
+        """Notes that the run goes back `to` a step, for what is told of the steps that were `skipped` after the last `sound` one, and
+        on with other data. What it noted of steps behind `to` is void: the run comes to them on other data.
 
         Raises:
             UserError: it has gone back to there before, so that other data are no help.
         """
         if before := self._to(to):
             raise UserError(
-                f"{len(skipped)} steps in a row had to be left out again after going back to step {to} and past the batches of "
-                f"{before['skipped'][0]}; now {skipped[0]}. The data are not what is wrong: lower optimizer.learning_rate or "
-                f"lengthen optimizer.warmup_steps in a new --workdir; or raise anomalies.loss_factor and grad_norm_factor here"
+                f"going back to step {to}, and past the batches of {before['skipped'][0]}, did not help: {skipped[0]}. The data are "
+                f"not what is wrong: lower optimizer.learning_rate or lengthen optimizer.warmup_steps in a new --workdir; or raise "
+                f"anomalies.loss_factor and grad_norm_factor here"
             )
         kept = [made for made in self._made if made["to"] < to]
         self._made = [*kept, {"to": to, "sound": sound, "skipped": skipped, "data": data}]

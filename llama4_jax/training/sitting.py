@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
+from jaxtyping import Array, Bool
 
 from llama4_jax.checkpoints.run_checkpoints import RunCheckpoints, Saved
 from llama4_jax.config import Experiment
@@ -125,6 +127,7 @@ class Sitting:
         self.state = self.trainer.restore(self.checkpoints)
         self.step = self.saved_step = self.compared_step = self.sound_step = int(self.state.step)
         self.skipped: list[str] = []  # the last steps, as far as they were left out
+        self.spoilt = ""  # what the last update made of the parameters, where that cannot stay
 
     def train(self) -> TrainResult:
         try:
@@ -176,7 +179,11 @@ class Sitting:
             self._save_and_tell_stop()
 
     def _save_and_tell_stop(self) -> None:
-        if self.skipped:  # saved amid these, the run could not go back to before them, and would end with other bits
+        if not self.skipped:
+            self._look_at_parameters()
+        if (
+            self.skipped or self.spoilt
+        ):  # saved amid these, the run could not go back to before them, and would end with other bits
             self.progress.say(f"{self.stop.name}: stopped amid steps left out; run again to go on from step {self.saved_step}")
         else:
             self._save()
@@ -231,12 +238,19 @@ class Sitting:
         self.run.append_metrics({"step": done.step, "skipped": reason})
         self.progress.say(reason)
 
+    def _look_at_parameters(self) -> None:
+        """A step's loss judges the parameters before it: those that it leaves behind are judged here, before they are saved."""
+        if not bool(_all_finite(self.state.params)):
+            self.spoilt = f"step {self.step} left parameters behind that are not finite, though its loss and gradients are"
+
     def _must_go_back(self) -> bool:
-        return len(self.skipped) >= self.experiment.anomalies.rollback_after
+        return bool(self.spoilt) or len(self.skipped) >= self.experiment.anomalies.rollback_after
 
     def _go_back(self) -> None:
         """To the newest checkpoint that steps get past, and on with the batches that come now."""
-        skipped, came_to, sound, data = self.skipped, self.step, self.sound_step, self.trainer.batches.get_state()
+        came_to, sound, data = self.step, self.sound_step, self.trainer.batches.get_state()
+        reasons = [self.spoilt] if self.spoilt else self.skipped
+        why = self.spoilt or f"{len(reasons)} steps in a row were left out"
         self.timer.stop()
         with self._doing("save", self.experiment.watch.checkpoint_seconds):
             self._tell_saved(self.checkpoints.wait())
@@ -244,16 +258,14 @@ class Sitting:
         self.recorder.record("restore")
         self._set_aside_poisoned_checkpoint(sound)
         self._go_to_newest_checkpoint()
-        self.trainer.rollbacks.add(to=self.step, sound=sound, skipped=skipped, data=data)
+        self.trainer.rollbacks.add(to=self.step, sound=sound, skipped=reasons, data=data)
         self.run.forget_metrics_after(self.step)
         self.tensorboard.close()
         self.tensorboard = TensorBoard(self.run.folder / "tensorboard", first_step=self.step + 1)
         self.progress.go_back(self.step)
-        line = (
-            f"{len(skipped)} steps in a row were left out; back from step {came_to} to {self.step}, and on past their batches"
-        )
+        line = f"{why}; back from step {came_to} to {self.step}, and on past these batches"
         self.progress.say(line)
-        self.recorder.record("fault", step=self.step, what=f"{line}: {'; '.join(skipped)}")
+        self.recorder.record("fault", step=self.step, what=f"{line}: {'; '.join(reasons)}")
         self._go_on()
 
     def _set_aside_poisoned_checkpoint(self, sound: int) -> None:
@@ -282,6 +294,11 @@ class Sitting:
 
     def _evaluate_and_save(self) -> None:
         last, found = self.step == self.experiment.steps, {}
+        saves = last or (self.step % self.experiment.checkpoint.every == 0 and not self.skipped)
+        if saves:
+            self._look_at_parameters()
+            if self.spoilt:
+                return
         if self.step % self.experiment.watch.replicas_every == 0:
             self._compare_replicas()
         for name, config in self.experiment.evaluations.items():
@@ -293,7 +310,7 @@ class Sitting:
                 self.progress.say(f"step {self.step}, {name}: " + ", ".join(f"{k} {v:.4f}" for k, v in values.items()))
         # Saved last: a checkpoint promises that every line up to its step is in metrics.jsonl. And none is made amid steps
         # that are left out: a rollback shall go back to before them.
-        if last or (self.step % self.experiment.checkpoint.every == 0 and not self.skipped):
+        if saves:
             self._save(found, may_skip=not last)
 
     def _save(self, values: dict[str, float] | None = None, *, may_skip: bool = False) -> None:
@@ -330,6 +347,12 @@ class Sitting:
     def _go_on(self) -> None:
         self.recorder.record("step", step=self.step)
         self.watchdog.expect_step(self.step + 1)
+
+
+@jax.jit
+def _all_finite(params: Any) -> Bool[Array, ""]:
+    floating = [x for x in jax.tree.leaves(params) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    return jnp.stack([jnp.isfinite(x).all() for x in floating]).all()
 
 
 _INTERNAL = ("anomaly", "usual_loss", "usual_grad_norm")  # metrics of the step that are not logged

@@ -174,7 +174,7 @@ def test_lost_checkpoints_are_no_silent_start_from_scratch(straight, tmp_path, e
 def test_a_run_that_diverges_goes_back_once_and_then_ends_with_its_steps(tmp_path, experiment):
     experiment.optimizer.learning_rate = 1e30
     experiment.evaluations = {}
-    line = r"3 steps in a row had to be left out again after going back to step 0 and past the batches of step 2, batch 2 .*; now step 2, batch 7"
+    line = r"going back to step 0, and past the batches of step 2, batch 2 .*, did not help: step 2, batch 7"
     with pytest.raises(UserError, match=line):
         train(experiment, tmp_path, progress=False)
     assert list((tmp_path / "checkpoints").iterdir()) == []
@@ -299,11 +299,31 @@ def test_a_run_that_fails_from_an_older_checkpoint_too_ends_with_that_one_kept(t
     experiment.steps, experiment.evaluations = 15, {}
     with (
         monkeypatch.context() as patch,
-        pytest.raises(UserError, match="in a row had to be left out again after going back to step 5"),
+        pytest.raises(UserError, match=r"going back to step 5, and past the batches of .* did not help"),
     ):
         spoil_first_save(patch, 10)
         poisoned_train(tmp_path, experiment, monkeypatch, not_a_number, range(17, 40))
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"5", "10.damaged-1"}
+
+
+def test_parameters_that_are_not_finite_are_never_saved(tmp_path, experiment, monkeypatch):
+    """Those that the very last update leaves behind are judged by no later step: the run goes back all the same."""
+    experiment.evaluations, settle, spoilt = {}, Sitting._settle, []
+
+    def settle_and_spoil(sitting, done):
+        settle(sitting, done)
+        if done.step == experiment.steps and not spoilt:
+            spoilt.append(done.step)
+            sitting.state = sitting.state.replace(params=jax.tree.map(lambda x: x * np.float32("nan"), sitting.state.params))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Sitting, "_settle", settle_and_spoil)
+        result = poisoned_train(tmp_path / "run", experiment, monkeypatch, None, ())
+    assert (result.status, spoilt) == ("finished", [10])
+    (rollback,) = json.loads((tmp_path / "run/rollbacks.json").read_text())
+    assert rollback["to"] == 5 and "step 10 left parameters behind that are not finite" in rollback["skipped"][0]
+    expected = poisoned_train(tmp_path / "without", experiment, monkeypatch, None, (), dropped=range(6, 11))
+    assert_same_bits(result.state, expected.state)
 
 
 def test_a_signal_at_a_rollback_stops_there(tmp_path, experiment, monkeypatch):
