@@ -68,7 +68,8 @@ def replay_step(experiment: Experiment, workdir: str | Path, step: int, *, progr
     """Does the steps after the newest checkpoint below `step`, up to it, twice. Leaves the run as it is.
 
     Raises:
-        UserError: no run in `workdir`, one of another experiment, or a step that it does not have.
+        UserError: no run in `workdir`, one of another experiment, or a step that it does not have; or the run goes on, and has
+            deleted the checkpoint between the two times.
     """
     experiment = validated(experiment)
     if not (Path(workdir) / "experiment.json").exists():
@@ -76,14 +77,18 @@ def replay_step(experiment: Experiment, workdir: str | Path, step: int, *, progr
     if not 1 <= step <= experiment.steps:
         raise UserError(f"--replay_step={step} must lie between 1 and the run's {experiment.steps} steps")
     mesh = make_mesh(experiment.mesh)
-    run = WorkDirectory(workdir, experiment)
+    run = WorkDirectory(workdir, experiment, read_only=True)
     opened = RunCheckpoints(run.checkpoints, experiment.checkpoint, read_only=True)  # the run may be going on meanwhile
     with contextlib.closing(opened) as checkpoints, use_mesh(mesh):
         trainer = Trainer(experiment, run, mesh, show=progress and processes.is_first())
         replicas = Replicas(mesh, trainer.state_shape)
-        train_step, values, sums = None, [], []
+        train_step, values, sums, start = None, [], [], None
         for _ in range(2):
             state = trainer.restore(checkpoints, below=step)
+            if start not in (None, int(state.step)):
+                raise UserError(
+                    f"--replay_step={step}: the run went on and deleted its checkpoint of step {start} meanwhile; try again"
+                )
             start = int(state.step)
             values.append([])
             for done in range(start, step):

@@ -46,12 +46,13 @@ def fixed_settings(settings: dict[str, Any]) -> dict[str, Any]:
 class WorkDirectory:
     """A run's folder, made or taken up again. Of several processes the first writes, and all read."""
 
-    def __init__(self, folder: str | Path, experiment: Experiment):
-        """Writes experiment.json, or compares it.
+    def __init__(self, folder: str | Path, experiment: Experiment, *, read_only: bool = False):
+        """Compares experiment.json, and writes it, with the changed settings that may be, unless `read_only`.
 
         Raises:
             UserError: the folder cannot be written, or belongs to another experiment.
         """
+        self._read_only = read_only
         self.folder = Path(folder).absolute()
         self.checkpoints = self.folder / "checkpoints"
         self.metrics_file = self.folder / "metrics.jsonl"
@@ -67,6 +68,8 @@ class WorkDirectory:
                 raise UserError(
                     f"work directory {self.folder} must be storage that all processes share: this one does not see it"
                 )
+            return
+        if self._read_only:
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

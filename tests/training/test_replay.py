@@ -30,7 +30,7 @@ def run(tmp_path_factory, experiment):
 
 
 def contents(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize(
@@ -54,6 +54,15 @@ def test_a_run_that_is_saving_and_a_damaged_checkpoint_are_left_as_they_are(run,
     replay = replay_step(experiment, workdir, 8, progress=False)
     assert replay.start == 5 and replay.agrees
     assert contents(workdir) == before
+
+
+def test_a_checkpoint_that_the_run_deletes_meanwhile_is_told(run, experiment, tmp_path, monkeypatch):
+    """Both times would otherwise begin at different steps, and sound hardware would be blamed."""
+    workdir, compile = tmp_path / "run", Trainer.compile
+    shutil.copytree(run, workdir)
+    monkeypatch.setattr(Trainer, "compile", lambda *args: (compile(*args), shutil.rmtree(workdir / "checkpoints/5"))[0])
+    with pytest.raises(UserError, match="the run went on and deleted its checkpoint of step 5 meanwhile; try again"):
+        replay_step(experiment, workdir, 8, progress=False)
 
 
 def test_a_device_that_computes_wrongly_once_is_named(run, experiment, monkeypatch):
