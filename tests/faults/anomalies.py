@@ -32,7 +32,10 @@ def poisoned(bench: Bench, kind: str, *, processes: int = 1, batches: tuple[int,
     if again:
         statuses = run.start(faults).ended()
         row.survived = "refused"
-        if statuses != [exit_codes.FAILED] * processes or "and past the batches of step 10, batch 10 of the run" not in run.jobs[-1].output():
+        if (
+            statuses != [exit_codes.FAILED] * processes
+            or "and past the batches of step 10, batch 10 of the run" not in run.jobs[-1].output()
+        ):
             row.survived, row.wrong = "NO", [f"ended with {statuses}: {run.jobs[-1].output()[-300:]}"]
         return row
     straight = bench.run(f"{kind}-straight-{len(bench.runs)}", processes=processes, **SETTINGS)
