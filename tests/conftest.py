@@ -1,16 +1,30 @@
 """Signatures are checked here and only here: every jaxtyping annotation of the packages holds while the tests run."""
 
+import atexit
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from types import SimpleNamespace
 
+import hypothesis
 import jaxtyping
 import pytest
 
 # Tests compile much and run little: XLA's cheapest code generation halves the suite's time.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+
+# Nor does it compile one program twice, in whichever test, worker or child process it is met again.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="llama4-jax-compiled-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
+# How long an example takes says more about what else the machine does than about the example.
+hypothesis.settings.register_profile("suite", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("suite")
 
 _hook = jaxtyping.install_import_hook(["llama4_jax.model", "llama4_jax.inference", "pallas_kernels"], "beartype.beartype")
 

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Float, Float32
 
 
-def float32_product(x: Float[Array, "*M D"], weight: Float32[Array, "D N"]) -> Float32[Array, "*M N"]:
+def float32_product(x: Float[Array, "*M D"], weight: Float[Array, "D N"]) -> Float32[Array, "*M N"]:
     """x @ weight with products and sums in float32, whatever `jax_default_matmul_precision` says."""
-    if x.dtype == jnp.bfloat16:
+    if x.dtype == jnp.bfloat16 and weight.dtype == jnp.float32:
         return _of_bfloat16(x, weight)
     return jnp.matmul(x, weight, precision="highest", preferred_element_type=jnp.float32)
 

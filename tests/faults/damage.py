@@ -120,7 +120,8 @@ def flips(bench: Bench, run: Run, seed: int, *, count: int, among: str = "**/*")
     last = newest(folder)
     target, saved = shapes_of(last), restored(folder, shapes_of(last))
     for _ in range(count):
-        path = chance.choice([path for path in sorted(last.glob(among)) if path.is_file() and path.stat().st_size])
+        files = [path for path in last.glob(among) if path.is_file() and path.stat().st_size]
+        path = chance.choice(sorted(files, key=lambda path: path.stat().st_size))  # their names are of chance
         place, bit = chance.randrange(path.stat().st_size), chance.randrange(8)
         row = Row("a bit of a checkpoint flipped", seed, f"{path.relative_to(last)}, byte {place}, bit {bit}")
         flip(path, place, bit)

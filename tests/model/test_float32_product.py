@@ -48,6 +48,15 @@ def test_it_is_the_product_in_float32_and_so_are_its_gradients(dtype, compiled):
     np.testing.assert_allclose(np.asarray(dx, np.float64), exact, rtol=rounding, atol=2e-4 * rounding**0.5)
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_a_weight_in_bfloat16_is_taken_as_it_is(dtype):
+    """Of a model whose parameters are loaded in it."""
+    x, weight, *_ = case(dtype)
+    weight = weight.astype(jnp.bfloat16)
+    exact = np.asarray(x, np.float64) @ np.asarray(weight, np.float64)
+    np.testing.assert_allclose(float32_product(x, weight), exact, atol=1e-6)
+
+
 def test_a_matrix_unit_meets_bfloat16_alone():
     x, weight, dy, *_ = case(jnp.bfloat16)
 
