@@ -374,8 +374,13 @@ def end(status: int, reason: str) -> NoReturn:
         sys.stdout.flush()
         os._exit(status)
     post(_FAILURE, json.dumps({"index": _joined.index, "status": status, "reason": reason}))
-    if _joined.index == 0:
-        time.sleep(1)  # the others hear of it from this process
+    _leave_last(_joined, status)
+
+
+def _leave_last(job: Job, status: int) -> NoReturn:
+    """The first process runs the service by which all hear of the end; jax aborts whoever is still there when it is gone."""
+    if job.index == 0:
+        time.sleep(1)
     sys.stdout.flush()
     os._exit(status)
 
@@ -387,6 +392,8 @@ def _fall_together(job: Job) -> None:
     _joined = job
 
     def end_all(kind, error, traceback):
+        if ending.is_set():
+            watch.join()  # which ends this process; what another's end has made of its work is no news
         _say(f"process {job.index} of {job.count} failed:")
         sys.__excepthook__(kind, error, traceback)
         end(exit_codes.RETRY, f"{kind.__name__}: {error}")
@@ -396,11 +403,12 @@ def _fall_together(job: Job) -> None:
             return
         failure = json.loads(told)
         if failure["index"] != job.index:
+            ending.set()
             how = "was stopped" if failure["status"] == exit_codes.PREEMPTED else "failed"
             _say(f"process {job.index} of {job.count} ends, for process {failure['index']} {how}: {failure['reason']}")
-            os._exit(failure["status"])
+            _leave_last(job, failure["status"])
 
-    watch = threading.Thread(target=end_with_others, daemon=True)
+    ending, watch = threading.Event(), threading.Thread(target=end_with_others, daemon=True)
 
     def leave():
         jax.distributed.shutdown()  # which ends the watch; a thread that still waited would crash the end of Python

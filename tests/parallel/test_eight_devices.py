@@ -29,7 +29,10 @@ SLOW = tuple(name for name in CASES if name not in QUICK)
 
 
 def run(*arguments):
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
+    }
     command = [sys.executable, SCRIPT, *arguments]
     output = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
     assert output.returncode == 0, output.stderr[-3000:]
