@@ -11,7 +11,7 @@ import sys
 from functools import partial
 
 # More than are used: there are as many threads, and the interpreter's devices wait for each other in them.
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=16"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=16 --xla_backend_optimization_level=0"
 
 import jax
 import jax.numpy as jnp
