@@ -54,7 +54,7 @@ def test_a_weight_in_bfloat16_is_taken_as_it_is(dtype):
     x, weight, *_ = case(dtype)
     weight = weight.astype(jnp.bfloat16)
     exact = np.asarray(x, np.float64) @ np.asarray(weight, np.float64)
-    np.testing.assert_allclose(float32_product(x, weight), exact, atol=1e-6)
+    np.testing.assert_allclose(float32_product(x, weight), exact, rtol=1e-6, atol=1e-6)
 
 
 def test_a_matrix_unit_meets_bfloat16_alone():
