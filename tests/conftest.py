@@ -16,7 +16,7 @@ import pytest
 # Tests compile much and run little: XLA's cheapest code generation halves the suite's time.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 
-# Nor does it compile one program twice, in whichever test, worker or child process it is met again.
+# And no program is compiled twice, in whichever test, worker or child process it is met again.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="llama4-jax-compiled-")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"

@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import flax.struct
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from llama4_jax.config import AnomalyConfig
 from llama4_jax.errors import UserError
 from llama4_jax.parallel import processes
 from llama4_jax.training.work_directory import write_whole
+
+PyTree = Any
 
 SOUND, NOT_FINITE, GRADIENT_SPIKE, LOSS_SPIKE = range(4)
 
@@ -62,6 +65,13 @@ def next_usual(usual: Usual, loss: Float[Array, ""], grad_norm: Float[Array, ""]
     return Usual(
         move(usual.loss, loss), move(usual.grad_norm, grad_norm), usual.sound + sound, usual.skipped + jnp.logical_not(sound)
     )
+
+
+@jax.jit
+def all_finite(params: PyTree) -> Bool[Array, ""]:
+    """Of parameters that no step's loss has judged yet: those that the last update left behind."""
+    floating = [x for x in jax.tree.leaves(params) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    return jnp.stack([jnp.isfinite(x).all() for x in floating]).all()
 
 
 def describe(verdict: int, values: dict[str, float], usual: dict[str, float]) -> str:

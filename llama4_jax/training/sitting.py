@@ -7,9 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool
 
 from llama4_jax.checkpoints.run_checkpoints import RunCheckpoints, Saved
 from llama4_jax.config import Experiment
@@ -20,7 +18,7 @@ from llama4_jax.model.llama4 import Llama4
 from llama4_jax.parallel import processes
 from llama4_jax.parallel.table import sharding_table
 from llama4_jax.processing.processor import Processor
-from llama4_jax.training.anomalies import SOUND, describe
+from llama4_jax.training.anomalies import SOUND, all_finite, describe
 from llama4_jax.training.objective import Metrics
 from llama4_jax.training.progress import Progress, StepTimer
 from llama4_jax.training.recorder import FlightRecorder
@@ -179,15 +177,16 @@ class Sitting:
             self._save_and_tell_stop()
 
     def _save_and_tell_stop(self) -> None:
-        if not self.skipped:
-            self._look_at_parameters()
-        if (
-            self.skipped or self.spoilt
-        ):  # saved amid these, the run could not go back to before them, and would end with other bits
+        if self.step == 0:
+            self.progress.say(f"{self.stop.name}: stopped at the beginning, with nothing to save; run again to go on")
+            return
+        self._look_at_parameters()
+        # Saved amid these, the run could not go back to before them, and would end with other bits.
+        if self.skipped or self.spoilt:
             self.progress.say(f"{self.stop.name}: stopped amid steps left out; run again to go on from step {self.saved_step}")
-        else:
-            self._save()
-            self.progress.say(f"{self.stop.name}: saved step {self.step} and stopped; run again to go on")
+            return
+        self._save()
+        self.progress.say(f"{self.stop.name}: saved step {self.step} and stopped; run again to go on")
 
     def _compile(self, batch: Batch) -> Callable:
         with self._doing("compile", self.experiment.watch.compile_seconds):
@@ -240,7 +239,7 @@ class Sitting:
 
     def _look_at_parameters(self) -> None:
         """A step's loss judges the parameters before it: those that it leaves behind are judged here, before they are saved."""
-        if not bool(_all_finite(self.state.params)):
+        if not all_finite(self.state.params):
             self.spoilt = f"step {self.step} left parameters behind that are not finite, though its loss and gradients are"
 
     def _must_go_back(self) -> bool:
@@ -347,12 +346,6 @@ class Sitting:
     def _go_on(self) -> None:
         self.recorder.record("step", step=self.step)
         self.watchdog.expect_step(self.step + 1)
-
-
-@jax.jit
-def _all_finite(params: Any) -> Bool[Array, ""]:
-    floating = [x for x in jax.tree.leaves(params) if jnp.issubdtype(x.dtype, jnp.inexact)]
-    return jnp.stack([jnp.isfinite(x).all() for x in floating]).all()
 
 
 _INTERNAL = ("anomaly", "usual_loss", "usual_grad_norm")  # metrics of the step that are not logged

@@ -3,15 +3,12 @@ eight devices; without --run-slow it goes through two meshes only, which between
 exchanges of the experts, and the zigzag ring."""
 
 import importlib.util
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from llama4_jax.parallel.expert_parallel import SPARE
+from tests.parallel.on_eight_devices import run
 
 SCRIPT = Path(__file__).with_name("eight_devices.py")
 QUICK = ("context_expert_tensor_zigzag", "dcn_data_fsdp_expert")
@@ -28,25 +25,18 @@ CASES = cases()
 SLOW = tuple(name for name in CASES if name not in QUICK)
 
 
-def run(*arguments):
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
-    }
-    command = [sys.executable, SCRIPT, *arguments]
-    output = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
-    assert output.returncode == 0, output.stderr[-3000:]
-    return {record["case"]: record for record in map(json.loads, output.stdout.splitlines())}
+def records_of(*arguments):
+    return {record["case"]: record for record in run(SCRIPT, *arguments)}
 
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("checkpoints"), *QUICK)
+    return records_of(tmp_path_factory.mktemp("checkpoints"), *QUICK)
 
 
 @pytest.fixture(scope="module")
 def slow_records():
-    return run("-", *SLOW)
+    return records_of("-", *SLOW)
 
 
 @pytest.mark.parametrize("case", QUICK)

@@ -1,12 +1,10 @@
 """Images and generated text do not depend on the mesh."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.parallel.on_eight_devices import run
 
 SCRIPT = Path(__file__).with_name("seeing_on_eight_devices.py")
 CASES = ("fsdp_context_expert", "data_expert_tensor", "context_expert_tensor_zigzag")
@@ -14,13 +12,7 @@ CASES = ("fsdp_context_expert", "data_expert_tensor", "context_expert_tensor_zig
 
 @pytest.mark.slow
 def test_images_and_generated_text_are_those_of_one_device():
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
-    }
-    output = subprocess.run([sys.executable, SCRIPT, *CASES], env=environment, capture_output=True, text=True, timeout=600)
-    assert output.returncode == 0, output.stderr[-3000:]
-    records = [json.loads(line) for line in output.stdout.splitlines()]
+    records = run(SCRIPT, *CASES, timeout=600)
     assert [record["case"] for record in records] == list(CASES)
     for record in records:
         assert record["error"] < 1e-5 and record["same_text"], record

@@ -18,6 +18,7 @@ from llama4_jax.errors import UserError
 from llama4_jax.training import trainer
 from llama4_jax.training.goodput import account
 from llama4_jax.training.loop import train
+from llama4_jax.training.progress import Progress
 from llama4_jax.training.recorder import read_events
 from llama4_jax.training.sitting import Sitting
 from llama4_jax.training.watchdog import Watchdog
@@ -337,6 +338,15 @@ def test_a_signal_at_a_rollback_stops_there(tmp_path, experiment, monkeypatch):
     assert (tmp_path / "run/rollbacks.json").exists() and (result.status, result.step) == ("stopped", 5)
     result = poisoned_train(tmp_path / "run", experiment, monkeypatch, not_a_number, bad)
     assert_same_bits(result.state, expected.state)
+
+
+def test_a_signal_at_a_rollback_to_the_beginning_says_that_nothing_is_saved(tmp_path, experiment, monkeypatch):
+    experiment.evaluations, told = {}, []
+    monkeypatch.setattr(Progress, "say", lambda progress, line: told.append(line))
+    poisons = iter([*[not_a_number] * 3, lambda batch: signal.raise_signal(signal.SIGTERM) or batch])
+    result = poisoned_train(tmp_path, experiment, monkeypatch, lambda batch: next(poisons)(batch), {2, 3, 4, 5})
+    assert (result.status, result.step) == ("stopped", 0)
+    assert told[-1] == "SIGTERM: stopped at the beginning, with nothing to save; run again to go on"
 
 
 def test_a_rollback_waits_for_a_save_as_long_as_a_save_may_take(tmp_path, experiment, monkeypatch):
