@@ -13,8 +13,13 @@ import hypothesis
 import jaxtyping
 import pytest
 
-# Tests compile much and run little: XLA's cheapest code generation halves the suite's time.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+if "cuda" in os.environ.get("JAX_PLATFORMS", ""):
+    # What a GPU runs is tested as it is used, with the precision of its references; several workers share its memory.
+    os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+else:
+    # Tests compile much and run little: XLA's cheapest code generation halves the suite's time.
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 
 # And no program is compiled twice, in whichever test, worker or child process it is met again.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:

@@ -1,4 +1,7 @@
-"""Grouped products on GPU: interpreted, they equal the loop over all groups in result and gradients; and they lower for CUDA."""
+"""Grouped products on GPU equal the loop over all groups in result and gradients: compiled where there is a GPU, else interpreted.
+
+And they lower for CUDA everywhere.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +13,7 @@ from hypothesis import strategies as st
 from pallas_kernels.grouped_matmul import gpu, reference
 from pallas_kernels.lowering import lower_for_gpu
 
+INTERPRET = jax.default_backend() != "gpu"
 OPERATIONS = ["grouped_matmul", "grouped_swiglu"]
 TILING = gpu.Tiling(rows=16, columns=32, piece=16, warps=4, stages=2)
 M, D, F = 40, 48, 96
@@ -20,8 +24,8 @@ def with_gradients(function, lhs, rhs, sizes, first, dout):
     return out, *back(dout)
 
 
-interpreted = {
-    op: jax.jit(lambda *x, op=op: with_gradients(lambda *y: getattr(gpu, op)(*y, tiling=TILING, interpret=True), *x))
+ours = {
+    op: jax.jit(lambda *x, op=op: with_gradients(lambda *y: getattr(gpu, op)(*y, tiling=TILING, interpret=INTERPRET), *x))
     for op in OPERATIONS
 }
 expected = {op: jax.jit(lambda *x, op=op: with_gradients(getattr(reference, op), *x)) for op in OPERATIONS}
@@ -31,7 +35,7 @@ def check(op, sizes, offset, G, rows=M, seed=0):
     draw = lambda key, *shape: jax.random.normal(jax.random.key(seed + key), shape)  # noqa: E731
     matrices = (G, 2, D, F) if op == "grouped_swiglu" else (G, D, F)
     operands = draw(0, rows, D), draw(1, *matrices) / D**0.5, jnp.array(sizes, jnp.int32), jnp.int32(offset), draw(2, rows, F)
-    for got, want in zip(interpreted[op](*operands), expected[op](*operands), strict=True):
+    for got, want in zip(ours[op](*operands), expected[op](*operands), strict=True):
         np.testing.assert_allclose(got, want, atol=2e-5)
 
 
