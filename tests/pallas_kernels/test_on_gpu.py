@@ -1,6 +1,6 @@
 """On a GPU, at the sizes and in the dtype that they are for, the kernels with their own tilings equal their definitions.
 
-    JAX_PLATFORMS=cuda ./launch/test.sh tests/pallas_kernels -k gpu
+JAX_PLATFORMS=cuda ./launch/test.sh tests/pallas_kernels -k gpu
 """
 
 import jax
