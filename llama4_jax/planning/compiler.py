@@ -55,7 +55,7 @@ class Outcome:
     arguments: bytes on a device by kind; known before compiling.
     seconds: that the compilation took, tracing included.
     compiler_bytes: of this machine's memory at its peak.
-    versions: of jax and libtpu.
+    versions: of jax and libtpu, and their effort where it is not the default.
     """
 
     measurement: dict[str, Any] | None = None

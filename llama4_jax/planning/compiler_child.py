@@ -65,7 +65,7 @@ def _compile(job: Job, say) -> None:
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("compiling for a TPU needs libtpu: pip install libtpu")
     experiment = app.load_experiment(job.config, job.settings)
-    say(versions=f"jax {jax.__version__}, libtpu {version('libtpu')}")
+    say(versions=_versions())
     devices = _devices(topology)
     case = programs.PROGRAMS[job.program](experiment, devices)
     say(arguments=arguments_by_kind(case.arguments))
@@ -73,6 +73,13 @@ def _compile(job: Job, say) -> None:
         compiled = case.function.lower(*case.arguments).compile(_limits(job))
     measurement = measure(compiled, case.arguments, topology, make_mesh(experiment.mesh, devices))
     say(measurement=dataclasses.asdict(measurement))
+
+
+def _versions() -> str:
+    """Of what compiles, and how hard it tries where that is not its default."""
+    level = jax.config.jax_optimization_level
+    effort = "" if level == "UNKNOWN" else f", at JAX_OPTIMIZATION_LEVEL={level}"
+    return f"jax {jax.__version__}, libtpu {version('libtpu')}{effort}"
 
 
 def _limits(job: Job) -> dict[str, int]:

@@ -43,14 +43,16 @@ def plan(*flags: str) -> subprocess.CompletedProcess:
 
 
 @libtpu
-def test_a_decoding_program_is_compiled_and_reported(config, tmp_path):
+def test_a_decoding_program_is_compiled_and_reported_with_the_compilers_effort(config, tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_OPTIMIZATION_LEVEL", "O1")
     report, picture = tmp_path / "plan.json", tmp_path / "plan.png"
     done = plan(
         f"--config={config}", "--topology=v5e:2x4", "--program=decode", f"--json={report}", f"--picture={picture}",
         "--tokens=1e9", "--config.data.sequence_length=1024",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "compiled by jax" in done.stdout and "decode on v5e:2x4 (8 chips), mesh data=2 x fsdp=4" in done.stdout
+    assert "compiled by jax" in done.stdout and ", at JAX_OPTIMIZATION_LEVEL=O1 in" in done.stdout
+    assert "decode on v5e:2x4 (8 chips), mesh data=2 x fsdp=4" in done.stdout
     assert picture.read_bytes()[:4] == b"\x89PNG"
     found = json.loads(report.read_text())
     assert found["fits"] and found["tokens"] == 16
