@@ -115,7 +115,7 @@ class Module:
 def parse(text: str) -> Module:
     """Raises ValueError when the text is not a module."""
     computations, entry, current = {}, None, None
-    for line in text.splitlines():
+    for line in _lines(text):
         if line.startswith(" ") and current is not None:
             if instruction := _instruction(line.strip()):
                 current.instructions[instruction.name] = instruction
@@ -128,9 +128,24 @@ def parse(text: str) -> Module:
             entry = current if match[1] else entry
     if entry is None:
         raise ValueError("no ENTRY computation in the text")
+    if cut := [name for name, computation in computations.items() if not computation.root]:
+        raise ValueError(f"no root in the computation {cut[0]}: what follows was not understood")
     return Module(computations, entry)
 
 
+def _lines(text: str) -> list[str]:
+    """With each instruction in one: what a kernel says of itself (`kernel_metadata`) may go over several."""
+    lines, inside = [], False
+    for line in text.splitlines():
+        if inside and not (_NAME.match(line.strip()) or _END.match(line)):
+            lines[-1] += line
+        else:
+            lines.append(line)
+            inside = not _END.match(line) if inside else bool(_HEADER.match(line))
+    return lines
+
+
+_END = re.compile(r"\}(, execution_thread=.*)?$")
 _HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _NAME = re.compile(r"(?:ROOT )?%?([\w.\-]+) = ")
 _OPCODE = re.compile(r"\s*([\w\-]+)\(")

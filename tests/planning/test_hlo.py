@@ -103,10 +103,31 @@ def test_products_as_convolutions(window, labels, left, right, result, expected)
     assert flops(module, module.entry, module.entry["c"]) == (expected, 0)
 
 
+SEVERAL_LINES = """ENTRY %main (x: f32[4]) -> f32[4] {
+  %x = f32[4] parameter(0)
+  %kernel = f32[4] custom-call(%x), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"mesh_axes":"[\\"context\\"]"
+}}, metadata={op_name="attention"}
+  ROOT %out = f32[4] negate(%kernel)
+}, execution_thread="sparsecore"
+"""
+
+
+def test_an_instruction_over_several_lines_is_one_and_does_not_end_its_computation():
+    entry = hlo.parse(SEVERAL_LINES).entry
+    assert [i.name for i in entry] == ["x", "kernel", "out"] and entry.root == "out"
+    assert entry["kernel"].op_name == "attention"
+
+
+def test_a_computation_that_is_cut_off_is_refused():
+    with pytest.raises(ValueError, match="no root in the computation main"):
+        hlo.parse(SEVERAL_LINES.replace("ROOT ", ""))
+
+
 def test_text_without_an_entry_is_refused():
     with pytest.raises(ValueError, match="ENTRY"):
         hlo.parse("HloModule nothing\n")
 
 
 def _entry(line: str) -> list[hlo.Instruction]:
-    return list(hlo.parse(f"ENTRY %main (p: f32[]) -> f32[] {{\n  {line}\n}}\n").entry)
+    return list(hlo.parse(f"ENTRY %main (p: f32[]) -> f32[] {{\n  ROOT {line}\n}}\n").entry)

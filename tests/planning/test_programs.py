@@ -18,7 +18,7 @@ CASES = {
     "rows go to the experts": (MAVERICK, "v5p:2x2x4", 1, 2, {"mesh.fsdp": "1", "mesh.expert": "16", "data.batch_size": "32"}),
     "two slices": (SCOUT, "v5p:2x2x2", 2, 0, {"mesh.dcn_data": "2", "mesh.fsdp": "2", "mesh.expert": "4", "data.batch_size": "64"}),
     "v5p, context": (SCOUT, "v5p:2x2x4", 1, 0, CONTEXT),
-    "v6e, context": (SCOUT, "v6e:4x4", 1, 0, CONTEXT),
+    "v6e, context": (SCOUT, "v6e:4x8", 1, 0, CONTEXT | {"mesh.fsdp": "8", "data.batch_size": "16"}),
     "v6e, experts": (SCOUT, "v6e:4x4", 1, 0, EXPERT),
     "tpu7x, context": (SCOUT, "tpu7x:2x2x2", 1, 0, CONTEXT),
     "tpu7x, experts": (SCOUT, "tpu7x:2x2x2", 1, 0, EXPERT),
