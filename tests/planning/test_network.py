@@ -1,5 +1,8 @@
 """Times of exchanges follow from where devices sit."""
 
+import collections
+import itertools
+
 import pytest
 
 from llama4_jax.errors import UserError
@@ -34,6 +37,23 @@ def test_an_all_to_all_is_bound_by_the_middle_of_its_longest_axis():
     held = 4e9
     assert seconds("v5p:4x4x4", "all-to-all", range(4), held * 3 / 4) == pytest.approx(held / 2 / LINK)
     assert seconds("v5p:4x4x8", "all-to-all", range(8), held * 7 / 8) == pytest.approx(held / LINK)
+
+
+def test_an_all_to_all_over_four_times_eight_chips_counted_hop_by_hop():
+    """Of 32 chips that hold 32 pieces each, every link along the eight carries 32 in each direction: Maverick's rows on 128 v5p."""
+    sizes, load = (4, 8), collections.Counter()
+    for source, target in itertools.permutations(itertools.product(*map(range, sizes)), 2):
+        at = list(source)
+        for axis, size in enumerate(sizes):
+            ahead = (target[axis] - at[axis]) % size
+            ways = [(step, hops) for step, hops in ((1, ahead), (-1, size - ahead)) if hops <= size / 2]  # two to the far side
+            for step, hops in ways:
+                for i in range(hops):
+                    place = [*at[:axis], (at[axis] + step * i) % size, *at[axis + 1 :]]
+                    load[(*place, axis, step)] += 1 / len(ways)
+            at[axis] = target[axis]
+    assert {pieces for (*_, axis, _), pieces in load.items() if axis == 1} == {max(load.values())} == {32}
+    assert seconds("v5p:4x4x8", "all-to-all", range(32), sent=31e9) == pytest.approx(max(load.values()) * 1e9 / LINK)
 
 
 def test_a_permutation_takes_as_long_as_its_farthest_pair():
